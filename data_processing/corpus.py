@@ -1,0 +1,100 @@
+"""A collection of slides, read and matched once: what pretraining starts from."""
+
+import glob
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from anndata import AnnData
+from tqdm.auto import tqdm
+
+from modeling_stimg import GeneVocabulary, SlideImage, STPatchProcessor, read_slide
+
+CORPUS_FILE = "corpus.json"
+
+
+@dataclass(frozen=True)
+class SlideRecord:
+    """What is told about a slide that a model saw. `patient` is empty where the slide does not say."""
+
+    name: str
+    patient: str
+    num_spots: int
+
+
+def find_slides(patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
+    """Paths of slides, sorted by name.
+
+    Args:
+        patterns: files, folders that `read_slide` knows, or globs; `$VARIABLES` and `~` are expanded.
+        exclude: slide names (file names without suffix) to leave out.
+
+    Raises:
+        FileNotFoundError: a pattern that matches nothing.
+        ValueError: an excluded slide that is not there, or two slides of one name.
+    """
+    paths: set[Path] = set()
+    for pattern in patterns:
+        expanded = os.path.expanduser(os.path.expandvars(pattern))
+        found = glob.glob(expanded)
+        if not found:
+            hint = " (is the variable set?)" if "$" in expanded else ""
+            raise FileNotFoundError(f"No slide matches {pattern!r}{hint}: give files, folders or globs of slides.")
+        paths.update(map(Path, found))
+    names = [slide_name(p) for p in paths]
+    missing = sorted(set(exclude) - set(names))
+    if missing:
+        raise ValueError(f"Excluded slides {missing} are not among the {len(names)} slides found: check the names.")
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise ValueError(f"Several slides are called {repeated[0]!r}: every slide needs its own file name.")
+    return sorted((p for p in paths if slide_name(p) not in set(exclude)), key=slide_name)
+
+
+def slide_name(path: Path) -> str:
+    """The file name up to its first dot."""
+    return path.name.split(".")[0]
+
+
+def slide_patient(adata: AnnData) -> str:
+    """The donor that the slide names in `uns["meta"]["patient"]` or in a one-valued `obs["donor_id"]`, else empty."""
+    meta = adata.uns.get("meta")
+    if isinstance(meta, dict) and "patient" in meta:
+        return str(meta["patient"])
+    if "donor_id" in adata.obs and adata.obs["donor_id"].nunique() == 1:
+        return str(adata.obs["donor_id"].iloc[0])
+    return ""
+
+
+def read_slides(paths: Sequence[Path], progress: bool = True) -> dict[str, AnnData]:
+    """Slides by name, in the order of `paths`."""
+    return {slide_name(p): read_slide(p) for p in tqdm(paths, desc="read slides", disable=not progress)}
+
+
+def slide_images(slides: dict[str, AnnData], processor: STPatchProcessor) -> list[SlideImage]:
+    """Every slide on its grid; spots that share an array position share a site."""
+    return [processor.slide_to_image(adata, on_duplicate="first", name=name) for name, adata in slides.items()]
+
+
+def vocabulary_of(slides: dict[str, AnnData], table: str | None) -> GeneVocabulary:
+    """The union of the slides' genes; `table` is a gene table (`$VARIABLES` are expanded)."""
+    path = None if table is None else os.path.expanduser(os.path.expandvars(table))
+    return GeneVocabulary.from_slides(slides.values(), table=path)
+
+
+def save_records(slides: dict[str, AnnData], folder: Path) -> None:
+    """Write which slides a model sees to `corpus.json` beside its weights."""
+    records = [asdict(SlideRecord(name, slide_patient(adata), adata.n_obs)) for name, adata in slides.items()]
+    temporary = folder / f"{CORPUS_FILE}.tmp"
+    temporary.write_text(json.dumps({"slides": records}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / CORPUS_FILE)
+
+
+def load_records(folder: Path) -> list[SlideRecord]:
+    """The slides that the model in `folder` saw; none where it does not say."""
+    path = folder / CORPUS_FILE
+    if not path.exists():
+        return []
+    return [SlideRecord(**r) for r in json.loads(path.read_text(encoding="utf-8"))["slides"]]

@@ -1,0 +1,1 @@
+"""From checkpoint to evidence: splits, probes, baselines and reports. Not part of the wheel."""

@@ -1,0 +1,59 @@
+"""stimg: spatial transcriptomics as images.
+
+Importing the package makes the model known to transformers' Auto classes; everything that needs AnnData, SciPy or
+Matplotlib is imported when it is first used (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+from .configuration_stimg import STImageMAEConfig
+from .genes_stimg import GeneVocabulary
+from .modeling_stimg import STImageMAEForPreTraining, STImageMAEModel
+from .processing_stimg import STPatchProcessor
+from .slide_image_stimg import SlideImage
+
+if TYPE_CHECKING:
+    from .embedding import embed_slide
+    from .plotting import plot_domains
+    from .slides import read_slide
+
+__version__ = "0.1.0"
+
+_LAZY = {"read_slide": "slides", "embed_slide": "embedding", "plot_domains": "plotting"}
+
+AutoConfig.register(STImageMAEConfig.model_type, STImageMAEConfig)
+AutoModel.register(STImageMAEConfig, STImageMAEModel)
+AutoModelForPreTraining.register(STImageMAEConfig, STImageMAEForPreTraining)
+try:
+    AutoImageProcessor.register(STImageMAEConfig, image_processor_classes={"pil": STPatchProcessor})
+except ImportError as error:
+    # AutoImageProcessor needs Pillow, in some versions torchvision; AutoProcessor loads the processor all the same.
+    from transformers.utils import logging
+
+    logging.get_logger(__name__).info(f"AutoImageProcessor is not to be had: {error}")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = [
+    "GeneVocabulary",
+    "STImageMAEConfig",
+    "STImageMAEForPreTraining",
+    "STImageMAEModel",
+    "STPatchProcessor",
+    "SlideImage",
+    "embed_slide",
+    "plot_domains",
+    "read_slide",
+]

@@ -1,0 +1,106 @@
+# Copyright 2026 The stimg authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""STImageMAE configuration."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+MASK_UNITS = ("entry", "site", "mixed")
+POSITION_EMBEDDING_TYPES = ("window", "slide")
+
+
+@strict
+class STImageMAEConfig(PreTrainedConfig):
+    r"""Architecture and objective of an STImageMAE, a masked autoencoder over windows of a tissue slide.
+
+    Args:
+        window_size (`int`): Side S of the square training window, in sites. Any side works at inference.
+        num_channels (`int`): Genes C drawn for a training window. Any number works at inference.
+        vocab_size (`int`): Rows of the gene embedding table: `len(vocabulary) + 1`, the last one being padding.
+        pad_token_id (`int`, *optional*): Row of the padding gene; `None` becomes `vocab_size - 1`.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`): The encoder.
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size
+            (`int`): The decoder, used in pretraining and reconstruction alone.
+        mask_ratio (`float`): Share of a window's maskable entries (or sites) that pretraining hides.
+        mask_unit (`str`): `"entry"` hides single (site, gene) entries; `"site"` hides whole sites; `"mixed"` hides
+            `mask_ratio` of the sites and then `mask_ratio` of the entries at the sites that are left.
+        position_embedding_type (`str`): `"window"` encodes a site's row and column within its window; `"slide"` its
+            `coordinates` on the slide, 0 to 100 an axis. Both are fixed 2-D sine-cosine codes.
+        embedding_defaults (`dict`, *optional*): What `embed_slide` does when not told: any of `stride`, `readout`,
+            `gene_selection`, `num_gene_draws`, `smoothing`.
+    """
+
+    model_type = "st_image_mae"
+
+    window_size: int = 16
+    num_channels: int = 512
+    vocab_size: int = 20001
+    pad_token_id: int | None = None
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    intermediate_size: int = 1024
+    decoder_hidden_size: int = 128
+    decoder_num_hidden_layers: int = 2
+    decoder_num_attention_heads: int = 8
+    decoder_intermediate_size: int = 512
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    mask_ratio: float | int = 0.3
+    mask_unit: str = "entry"
+    position_embedding_type: str = "window"
+    embedding_defaults: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.pad_token_id is None:
+            self.pad_token_id = self.vocab_size - 1
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check what types alone cannot: part of `@strict` validation, also after an attribute is set."""
+        for width, heads in (
+            ("hidden_size", "num_attention_heads"),
+            ("decoder_hidden_size", "decoder_num_attention_heads"),
+        ):
+            if getattr(self, width) % getattr(self, heads) != 0:
+                raise ValueError(
+                    f"{width} ({getattr(self, width)}) is not a multiple of {heads} ({getattr(self, heads)}): "
+                    "every attention head needs the same width."
+                )
+            if getattr(self, width) % 4 != 0:
+                raise ValueError(
+                    f"{width} ({getattr(self, width)}) is not a multiple of 4: the sine-cosine position code fills "
+                    "it with four equal parts."
+                )
+        if self.mask_unit not in MASK_UNITS:
+            raise ValueError(f"mask_unit is {self.mask_unit!r}: expected one of {MASK_UNITS}.")
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"position_embedding_type is {self.position_embedding_type!r}: "
+                f"expected one of {POSITION_EMBEDDING_TYPES}."
+            )
+        if not 0 <= self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}: expected a share between 0 and 1.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}: expected a row of the gene table, 0 to {self.vocab_size - 1}."
+            )
+
+
+__all__ = ["STImageMAEConfig"]

@@ -1,0 +1,198 @@
+# Copyright 2026 The stimg authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Embedding a whole slide: windows that cover it, the encoder over each, and one average a spot."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .sampling_stimg import covering_corners
+from .slide_image_stimg import SlideImage
+
+READOUTS = ("spot", "context", "both")
+NUM_CONTEXT_PASSES = 4
+
+
+def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any]:
+    """What `embed_image` will do: the given options, then `config.embedding_defaults`, then the general defaults.
+
+    Raises:
+        ValueError: an unknown option or one outside its range.
+    """
+    options = {
+        "stride": max(processor.window_size // 2, 1),
+        "readout": "spot",
+        "gene_selection": processor.gene_selection,
+        "num_gene_draws": 1,
+        "smoothing": 0,
+    }
+    for source in (model.config.embedding_defaults or {}, given):
+        unknown = set(source) - set(options)
+        if unknown:
+            raise ValueError(f"Unknown embedding options {sorted(unknown)}: expected any of {sorted(options)}.")
+        options.update({k: v for k, v in source.items() if v is not None})
+    if options["readout"] not in READOUTS:
+        raise ValueError(f"readout is {options['readout']!r}: expected one of {READOUTS}.")
+    for name, least in (("stride", 1), ("num_gene_draws", 1), ("smoothing", 0)):
+        if options[name] < least:
+            raise ValueError(f"{name} is {options[name]}: expected an integer from {least}.")
+    if options["stride"] > processor.window_size:
+        raise ValueError(
+            f"stride is {options['stride']}, larger than the window ({processor.window_size}): spots between windows "
+            "would be left out."
+        )
+    return options
+
+
+@torch.no_grad()
+def embed_image(
+    model: Any,
+    processor: Any,
+    image: SlideImage,
+    stride: int | None = None,
+    readout: str | None = None,
+    gene_selection: str | None = None,
+    num_gene_draws: int | None = None,
+    smoothing: int | None = None,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> np.ndarray:
+    """Embed every spot of a slide with a frozen encoder.
+
+    Windows cover the slide with overlap; a spot's embedding is the mean of the encoder's outputs at its site over all
+    windows that hold it and all gene draws.
+
+    Args:
+        model: an `STImageMAEModel` or `STImageMAEForPreTraining`. processor: its processor.
+        stride: sites between neighbouring windows; half a window when neither given nor a default of the model.
+        readout: `"spot"`: the spot is seen. `"context"`: a quarter of the sites is masked at a time, so that each is
+            masked once, and read where it is masked: what the surroundings say about the spot. `"both"`: side by side.
+        gene_selection: how a window's genes are chosen, as in the processor.
+        num_gene_draws: how often each window is read, with genes drawn anew.
+        smoothing: radius in sites of a final mean over the square around each spot; 0 = none.
+        batch_size: windows at a time.
+        device: where to run; `None` = where the model is.
+        seed: of the gene draws. The same input gives the same bits.
+        progress: show a progress bar.
+
+    Returns:
+        float32 (num_spots, width): width is the encoder's `hidden_size`, twice that for `"both"`.
+    """
+    options = embedding_options(
+        model,
+        processor,
+        stride=stride,
+        readout=readout,
+        gene_selection=gene_selection,
+        num_gene_draws=num_gene_draws,
+        smoothing=smoothing,
+    )
+    encoder = model.base_model
+    where = encoder.device if device is None else torch.device(device)
+    home, was_training = encoder.device, encoder.training
+    encoder.to(where).eval()
+    try:
+        parts = _readout_means(encoder, processor, image, options, batch_size, where, seed, progress)
+    finally:
+        encoder.to(home).train(was_training)
+    embedding = np.concatenate(parts, axis=1)
+    if options["smoothing"] > 0:
+        embedding = neighbourhood_mean(image, embedding, options["smoothing"])
+    return embedding.astype(np.float32)
+
+
+def _readout_means(
+    encoder: Any,
+    processor: Any,
+    image: SlideImage,
+    options: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+    seed: int,
+    progress: bool,
+) -> list[np.ndarray]:
+    """For each readout asked for, float64 (num_spots, hidden): means over windows and draws."""
+    corners = covering_corners(image, processor.window_size, options["stride"])
+    windows = corners * options["num_gene_draws"]
+    readouts = ("spot", "context") if options["readout"] == "both" else (options["readout"],)
+    sums = {r: np.zeros((image.num_spots, encoder.config.hidden_size)) for r in readouts}
+    counts = np.zeros(image.num_spots)
+    for start in tqdm(range(0, len(windows), batch_size), desc=f"embed {image.name}", disable=not progress):
+        batch_corners = windows[start : start + batch_size]
+        batch = processor(
+            image,
+            windows=batch_corners,
+            seed=seed,
+            first_window=start,
+            gene_selection=options["gene_selection"],
+            return_tensors="pt",
+        )
+        spots = batch.pop("spot_index").flatten(1).numpy()  # (B, S*S)
+        inputs = {k: v.to(device) for k, v in batch.items()}
+        for readout in readouts:
+            hidden = _read(encoder, inputs, batch_corners, readout).double().cpu().numpy()
+            for site_spots, site_hidden in zip(spots, hidden, strict=True):
+                # A spot stands once in a window, so plain indexed addition is exact.
+                sums[readout][site_spots[site_spots >= 0]] += site_hidden[site_spots >= 0]
+        for site_spots in spots:
+            counts[site_spots[site_spots >= 0]] += 1
+    return [sums[r] / counts[:, None] for r in readouts]
+
+
+def _read(encoder: Any, inputs: dict[str, torch.Tensor], corners: list[tuple[int, int]], readout: str) -> torch.Tensor:
+    """One readout of a batch of windows: float (B, S*S, hidden)."""
+    if readout == "spot":
+        return encoder(**inputs).last_hidden_state
+    size = inputs["pixel_mask"].shape[-1]
+    offsets = torch.tensor(corners, device=inputs["pixel_mask"].device)  # (B, 2)
+    steps = torch.arange(size, device=offsets.device)
+    # The quarters are the four colours of a 2 x 2 tiling of the *slide*: a masked spot keeps all its neighbours, and
+    # the pattern does not move with the window.
+    colour = 2 * ((offsets[:, :1] + steps) % 2)[:, :, None] + ((offsets[:, 1:] + steps) % 2)[:, None]  # (B, S, S)
+    channels = inputs["gene_ids"].shape[1]
+    read = None
+    for quarter in range(NUM_CONTEXT_PASSES):
+        masked = colour == quarter
+        hidden = encoder(**inputs, bool_masked_entries=masked[:, None].expand(-1, channels, -1, -1)).last_hidden_state
+        here = masked.flatten(1)[..., None]
+        read = torch.where(here, hidden, torch.zeros_like(hidden) if read is None else read)
+    return read
+
+
+def neighbourhood_mean(image: SlideImage, features: np.ndarray, radius: int) -> np.ndarray:
+    """Mean over the occupied sites of the (2 * radius + 1)-sided square around each spot, itself included.
+
+    Args:
+        features: float (num_spots, width). radius: in sites.
+
+    Returns:
+        float64 (num_spots, width).
+    """
+    total = np.zeros(features.shape, dtype=np.float64)
+    count = np.zeros(image.num_spots)
+    padded = np.pad(image.spot_grid, radius, constant_values=-1)
+    for down in range(2 * radius + 1):
+        for right in range(2 * radius + 1):
+            neighbour = padded[image.rows + down, image.cols + right]
+            there = neighbour >= 0
+            total[there] += features[neighbour[there]]
+            count[there] += 1
+    return total / count[:, None]
+
+
+__all__ = ["READOUTS", "embed_image", "embedding_options", "neighbourhood_mean"]

@@ -1,0 +1,369 @@
+# Copyright 2026 The stimg authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""GeneVocabulary: which gene a name means, whatever kind of name a slide uses."""
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers.utils import cached_file, logging
+
+logger = logging.get_logger(__name__)
+
+GENES_FILE = "genes.json"
+GENES_FORMAT = 1
+PAD_NAME = "[PAD]"
+MIN_MATCHED_GENES = 50
+MIN_MATCHED_SHARE = 0.05
+# Columns of `adata.var` in which readers and archives keep the names that are not the index.
+VAR_ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id")
+VAR_NAME_COLUMNS = ("gene_name", "gene_names", "feature_name", "gene_symbol", "symbol")
+
+_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}")
+_VERSION = re.compile(r"^(ENS[A-Z]*G\d{11})\.\d+$")
+
+
+def strip_version(name: str) -> str:
+    """`ENSG00000141736.14` -> `ENSG00000141736`; a symbol such as `AL627309.1` keeps its dot."""
+    return _VERSION.sub(r"\1", name)
+
+
+def is_ensembl(name: str) -> bool:
+    """Whether `name` is an Ensembl gene id, with or without version suffix."""
+    return _ENSEMBL.match(name) is not None
+
+
+def slide_gene_names(adata: Any) -> list[np.ndarray]:
+    """The names that a slide gives its genes, most precise first: id column, index, symbol column.
+
+    Args:
+        adata: AnnData (`var_names`, `var`).
+
+    Returns:
+        One to three object arrays of str, each (n_vars,).
+    """
+    columns = [next((c for c in kind if c in adata.var), None) for kind in (VAR_ID_COLUMNS, VAR_NAME_COLUMNS)]
+    index = np.asarray(adata.var_names, dtype=object)
+    names = [
+        np.asarray(adata.var[columns[0]].astype(str), dtype=object) if columns[0] else None,
+        index,
+        np.asarray(adata.var[columns[1]].astype(str), dtype=object) if columns[1] else None,
+    ]
+    return [n for n in names if n is not None]
+
+
+@dataclass(frozen=True)
+class GeneMatch:
+    """How a slide's genes met the vocabulary. `ids`: int64 (n_vars,), -1 where unknown."""
+
+    ids: np.ndarray
+    example: str
+
+    @property
+    def num_matched(self) -> int:
+        """Columns of the slide that are genes of the vocabulary."""
+        return int((self.ids >= 0).sum())
+
+    @property
+    def num_genes(self) -> int:
+        """Columns of the slide."""
+        return len(self.ids)
+
+    def __str__(self) -> str:
+        return f"matched {self.num_matched:,} of {self.num_genes:,} genes"
+
+
+class GeneVocabulary:
+    """The genes that a model knows, in a fixed order; a gene's number is its row in the embedding table.
+
+    A gene's identity is its Ensembl id where one is known, else its symbol. Symbols that stand for several Ensembl
+    ids are `ambiguous`: they never resolve to an id, and are entries of their own where a slide used them.
+
+    Args:
+        gene_ids: identity of every gene, distinct.
+        gene_names: symbol of every gene (empty string: none); `None`: the identities.
+        aliases: further name -> identity.
+        ambiguous: symbols that must not resolve through `gene_names`.
+        mean, deviation: float (len,) corpus mean and floored standard deviation of a gene's log1p values.
+
+    Raises:
+        ValueError: no genes, repeated identities, or lengths that disagree.
+    """
+
+    def __init__(
+        self,
+        gene_ids: Sequence[str],
+        gene_names: Sequence[str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        ambiguous: Iterable[str] = (),
+        mean: np.ndarray | None = None,
+        deviation: np.ndarray | None = None,
+    ):
+        self.gene_ids = [str(g) for g in gene_ids]
+        self.gene_names = list(self.gene_ids) if gene_names is None else [str(n) for n in gene_names]
+        self.aliases = dict(aliases or {})
+        self.ambiguous = sorted(set(ambiguous))
+        if not self.gene_ids:
+            raise ValueError("A gene vocabulary needs at least one gene: got none.")
+        if len(self.gene_names) != len(self.gene_ids):
+            raise ValueError(f"{len(self.gene_ids)} gene ids but {len(self.gene_names)} gene names: expected one each.")
+        repeated = [g for g, n in Counter(self.gene_ids).items() if n > 1]
+        if repeated:
+            raise ValueError(f"{len(repeated)} gene ids occur twice, e.g. {repeated[0]!r}: every gene is listed once.")
+        self.mean = self._statistic("mean", mean)
+        self.deviation = self._statistic("deviation", deviation)
+        self._lookup = self._build_lookup()
+
+    def _statistic(self, name: str, values: np.ndarray | None) -> np.ndarray | None:
+        if values is None:
+            return None
+        values = np.asarray(values, dtype=np.float32)
+        if values.shape != (len(self.gene_ids),) or not np.isfinite(values).all():
+            raise ValueError(f"{name} has shape {values.shape}: expected a finite value for each of {len(self)} genes.")
+        return values
+
+    def _build_lookup(self) -> dict[str, int]:
+        lookup = {gene: i for i, gene in enumerate(self.gene_ids)}
+        blocked = set(self.ambiguous) | {n for n, k in Counter(self.gene_names).items() if k > 1}
+        for i, name in enumerate(self.gene_names):
+            if name and name not in blocked:
+                lookup.setdefault(name, i)
+        for alias, gene in self.aliases.items():
+            if gene in lookup and alias not in blocked:
+                lookup.setdefault(alias, lookup[gene])
+        return lookup
+
+    # ---------------------------------------------------------------- making one
+
+    @classmethod
+    def from_table(cls, path: str | os.PathLike) -> "GeneVocabulary":
+        """All genes of a TSV with the columns `gene_id`, `gene_name` and optionally `aliases` (separated by `|`).
+
+        Raises:
+            ValueError: the columns are missing, or a gene id is listed twice.
+        """
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file, delimiter="\t")
+            missing = {"gene_id", "gene_name"} - set(rows.fieldnames or ())
+            if missing:
+                raise ValueError(
+                    f"{os.path.basename(path)} has the columns {rows.fieldnames}: a gene table needs "
+                    "'gene_id' and 'gene_name', tab-separated."
+                )
+            genes = [
+                (strip_version(r["gene_id"]), r["gene_name"] or "", (r.get("aliases") or "").split("|")) for r in rows
+            ]
+        ids, names, aliases = zip(*genes, strict=True) if genes else ((), (), ())
+        counts = Counter(n for n in names if n)
+        pairs = [(a.strip(), g) for g, more in zip(ids, aliases, strict=True) for a in more if a.strip()]
+        alias_counts = Counter(a for a, _ in pairs)
+        return cls(
+            ids,
+            names,
+            aliases={a: g for a, g in pairs if alias_counts[a] == 1},
+            ambiguous=(n for n, k in counts.items() if k > 1),
+        )
+
+    @classmethod
+    def from_slides(
+        cls, slides: Iterable[Any], table: "GeneVocabulary | str | os.PathLike | None" = None
+    ) -> "GeneVocabulary":
+        """The union of the genes measured on `slides`, sorted by identity.
+
+        Args:
+            slides: AnnDatas.
+            table: a gene table (`from_table`) that tells which symbol is which Ensembl id.
+
+        Raises:
+            ValueError: some slides name genes by Ensembl id and others by symbol, and there is no table.
+        """
+        if table is not None and not isinstance(table, GeneVocabulary):
+            table = cls.from_table(table)
+        names: dict[str, str] = {}
+        kinds: dict[bool, int] = {}
+        for number, adata in enumerate(slides):
+            for gene, name in _slide_identities(adata, table):
+                if not names.get(gene):
+                    names[gene] = name
+            ensembl = np.mean([is_ensembl(n) for n in slide_gene_names(adata)[0]] or [0.0]) > 0.5
+            kinds.setdefault(bool(ensembl), number)
+        if table is None and len(kinds) == 2:
+            raise ValueError(
+                f"Slide {kinds[True]} names its genes by Ensembl id and slide {kinds[False]} by symbol: pass "
+                "`table`, a TSV with gene_id and gene_name, so that one gene gets one identity."
+            )
+        ids = sorted(names)
+        vocabulary = cls(
+            ids,
+            [names[g] for g in ids],
+            aliases={} if table is None else {a: g for a, g in table.aliases.items() if g in names},
+            ambiguous=() if table is None else table.ambiguous,
+        )
+        kept = [g for g in vocabulary.ambiguous if g in names]
+        if kept:
+            logger.warning(
+                f"{len(kept)} symbols stand for several Ensembl ids and stay symbols, e.g. {', '.join(kept[:3])}."
+            )
+        return vocabulary
+
+    def with_statistics(self, mean: np.ndarray, deviation: np.ndarray) -> "GeneVocabulary":
+        """The same genes with corpus `mean` and `deviation` (float (len,)) of their log1p values."""
+        return GeneVocabulary(self.gene_ids, self.gene_names, self.aliases, self.ambiguous, mean, deviation)
+
+    # ---------------------------------------------------------------- asking it
+
+    def __len__(self) -> int:
+        return len(self.gene_ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GeneVocabulary) and self.to_json() == other.to_json()
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"GeneVocabulary({len(self)} genes, e.g. {', '.join(self.gene_ids[:3])})"
+
+    @property
+    def pad_id(self) -> int:
+        """The number that stands for no gene: `len(vocabulary)`."""
+        return len(self.gene_ids)
+
+    def encode(self, names: Iterable[str]) -> np.ndarray:
+        """Numbers of genes given by Ensembl id or symbol, version suffix ignored.
+
+        Returns:
+            int64 (number of names,), -1 where unknown or ambiguous.
+        """
+        lookup = self._lookup
+        return np.fromiter((lookup.get(n, lookup.get(strip_version(n), -1)) for n in map(str, names)), dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """Identities of gene numbers; `pad_id` becomes `"[PAD]"`.
+
+        Raises:
+            ValueError: a number outside 0 … `pad_id`.
+        """
+        numbers = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() <= self.pad_id:
+            raise ValueError(
+                f"Gene numbers from {numbers.min()} to {numbers.max()}: expected 0 to {self.pad_id} (padding)."
+            )
+        return [self.gene_ids[i] if i < len(self) else PAD_NAME for i in numbers]
+
+    def match(self, adata: Any) -> GeneMatch:
+        """Number of every gene of a slide, from the most precise name that is known.
+
+        Raises:
+            ValueError: fewer than 50 genes, or fewer than 5 % of the slide's, are known.
+        """
+        kinds = slide_gene_names(adata)
+        ids = np.full(len(kinds[0]), -1, dtype=np.int64)
+        for names in kinds:
+            unknown = ids < 0
+            ids[unknown] = self.encode(names[unknown])
+        match = GeneMatch(ids, example=str(kinds[0][0]) if len(ids) else "none")
+        if match.num_matched < max(MIN_MATCHED_GENES, MIN_MATCHED_SHARE * match.num_genes):
+            raise ValueError(
+                f"The slide {match} with the vocabulary (e.g. {match.example!r} against {self.gene_ids[0]!r}): at "
+                f"least {MIN_MATCHED_GENES} genes and {MIN_MATCHED_SHARE:.0%} must match; name genes by human Ensembl "
+                "id or symbol in var_names or var['gene_ids']."
+            )
+        return match
+
+    # ---------------------------------------------------------------- files
+
+    def to_json(self) -> str:
+        """The content of `genes.json`: one line, the same for the same vocabulary."""
+        content: dict[str, Any] = {"format": GENES_FORMAT, "gene_ids": self.gene_ids, "gene_names": self.gene_names}
+        if self.aliases:
+            content["aliases"] = dict(sorted(self.aliases.items()))
+        if self.ambiguous:
+            content["ambiguous"] = self.ambiguous
+        for name in ("mean", "deviation"):
+            values = getattr(self, name)
+            if values is not None:
+                # Nine significant digits give every float32 back exactly.
+                content[name] = [float(f"{v:.9g}") for v in values]
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of `genes.json`, kept in `preprocessor_config.json`."""
+        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+
+    def save(self, folder: str | os.PathLike) -> str:
+        """Write `genes.json` into `folder`; returns its path."""
+        path = os.path.join(folder, GENES_FILE)
+        temporary = f"{path}.tmp{os.getpid()}"
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(self.to_json())
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, sha256: str | None = None) -> "GeneVocabulary":
+        """Read `genes.json`, and compare it with a fingerprint where one is given.
+
+        Raises:
+            ValueError: no gene vocabulary of a known format, or one that differs from its fingerprint.
+        """
+        with open(path, "rb") as file:
+            raw = file.read()
+        if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
+            raise ValueError(
+                f"{GENES_FILE} is not the file that the processor was saved with (its sha256 differs from "
+                "preprocessor_config.json): the gene numbers would be wrong; download the model again."
+            )
+        try:
+            content = json.loads(raw)
+            if content.get("format") != GENES_FORMAT:
+                raise ValueError(f"format {content.get('format')!r}, expected {GENES_FORMAT}")
+            keys = ("gene_ids", "gene_names", "aliases", "ambiguous", "mean", "deviation")
+            return cls(**{k: content[k] for k in keys if k in content})
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
+            raise ValueError(f"{GENES_FILE} holds no gene vocabulary ({error}): download the model again.") from error
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, sha256: str | None = None, **kwargs: Any
+    ) -> "GeneVocabulary":
+        """Read `genes.json` from a folder or a Hub repository; `kwargs` are those of `cached_file`."""
+        return cls.load(cached_file(str(pretrained_model_name_or_path), GENES_FILE, **kwargs), sha256)
+
+
+def _slide_identities(adata: Any, table: GeneVocabulary | None) -> list[tuple[str, str]]:
+    """(identity, symbol) of every gene of a slide, by the table where it knows the gene."""
+    kinds = [[strip_version(n) for n in names] for names in slide_gene_names(adata)]
+    symbols = next((names for names in reversed(kinds) if not any(map(is_ensembl, names[:50]))), None)
+    identities = [(gene, symbols[i] if symbols else "") for i, gene in enumerate(kinds[0])]
+    if table is None:
+        return identities
+    known = np.full(len(identities), -1, dtype=np.int64)
+    for names in kinds:
+        known = np.where(known < 0, table.encode(names), known)
+    return [
+        (table.gene_ids[k], table.gene_names[k]) if k >= 0 else pair for k, pair in zip(known, identities, strict=True)
+    ]
+
+
+__all__ = ["GENES_FILE", "GeneMatch", "GeneVocabulary", "is_ensembl", "slide_gene_names", "strip_version"]

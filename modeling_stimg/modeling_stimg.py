@@ -1,0 +1,523 @@
+# Copyright 2026 The stimg authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""STImageMAE: a masked autoencoder over the sites of a window, with genes as channels."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_stimg import STImageMAEConfig
+from .embedding_stimg import embed_image
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_stimg.STImageMAEConfig",
+    "AutoModel": "modeling_stimg.STImageMAEModel",
+    "AutoModelForPreTraining": "modeling_stimg.STImageMAEForPreTraining",
+}
+
+
+@dataclass
+class STImageMAEForPreTrainingOutput(ModelOutput):
+    """Output of `STImageMAEForPreTraining`.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): Eq. 8: mean over windows of each window's mean squared error over its
+            masked entries; windows without a masked entry do not count.
+        reconstruction (`torch.Tensor` of shape `(batch_size, num_channels, window_size, window_size)`): The predicted
+            value of every entry, masked or not.
+        mask (`torch.BoolTensor` of shape `(batch_size, num_channels, window_size, window_size)`): True = was masked.
+        hidden_states, attentions: those of the encoder, when asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    mask: torch.BoolTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+# ---------------------------------------------------------------------------- masks
+
+
+def lowest(noise: torch.Tensor, candidates: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The `round(ratio * n)` lowest-noise of each row's n candidates, an exact count also among equal noises.
+
+    Args:
+        noise: float (B, N). candidates: bool (B, N).
+
+    Returns:
+        bool (B, N).
+    """
+    counts = torch.round(candidates.sum(-1).double() * ratio).long()  # (B,), half to even as Python's round
+    largest = int(counts.max()) if counts.numel() else 0
+    chosen = torch.zeros_like(candidates)
+    if largest == 0:
+        return chosen
+    order = noise.float().masked_fill(~candidates, torch.inf).topk(largest, dim=-1, largest=False, sorted=True).indices
+    within = torch.arange(largest, device=noise.device) < counts[:, None]
+    return chosen.scatter(-1, order, within)
+
+
+def draw_mask(
+    noise: torch.Tensor, channel_mask: torch.Tensor, pixel_mask: torch.Tensor, mask_ratio: float, mask_unit: str
+) -> torch.Tensor:
+    """Which entries a window hides. Empty sites and padded channels are never among them.
+
+    Args:
+        noise: float (B, C, S, S) in [0, 1). channel_mask: bool (B, C). pixel_mask: bool (B, S, S).
+        mask_ratio: share of the maskable entries (or sites) that is hidden, rounded to a whole number.
+        mask_unit: `"entry"`, `"site"` (by channel 0's noise), or `"mixed"` (sites, then entries of the other sites).
+
+    Returns:
+        bool (B, C, S, S).
+    """
+    noise, observed = noise.flatten(2), pixel_mask.flatten(1)  # (B, C, S*S), (B, S*S)
+    maskable = channel_mask[:, :, None] & observed[:, None]
+    if mask_unit == "entry":
+        mask = lowest(noise.flatten(1), maskable.flatten(1), mask_ratio).view_as(maskable)
+    else:
+        sites = lowest(noise[:, 0], observed, mask_ratio)  # (B, S*S)
+        mask = sites[:, None] & maskable
+    if mask_unit == "mixed":
+        # The sites that are left have high noise in channel 0: spread it over [0, 1) again, so that this channel is
+        # masked as often as any other.
+        reach = noise[:, :1].masked_fill(~sites[:, None], 0.0).amax(-1, keepdim=True)
+        rest = torch.cat([(noise[:, :1] - reach) / (1 - reach), noise[:, 1:]], dim=1)
+        mask = mask | lowest(rest.flatten(1), (maskable & ~mask).flatten(1), mask_ratio).view_as(mask)
+    return mask.unflatten(-1, tuple(pixel_mask.shape[1:]))
+
+
+# ---------------------------------------------------------------------------- layers
+
+
+def sine_cosine_positions(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """Fixed 2-D position code: [sin row | cos row | sin col | cos col].
+
+    Args:
+        positions: float (..., 2), row and column. width: a multiple of 4.
+
+    Returns:
+        float32 (..., width).
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, device=positions.device, dtype=torch.float32) / (width // 4))
+    angles = positions.float()[..., None] * frequencies  # (..., 2, width / 4)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def site_positions(
+    config: STImageMAEConfig, pixel_mask: torch.Tensor, coordinates: torch.Tensor | None
+) -> torch.Tensor:
+    """Row and column of every site as the config wants them: float (1 or B, S*S, 2)."""
+    if config.position_embedding_type == "slide":
+        if coordinates is None:
+            raise ValueError(
+                'position_embedding_type is "slide": pass coordinates (B, S, S, 2), as the processor does.'
+            )
+        return coordinates.flatten(1, 2)
+    height, width = pixel_mask.shape[1:]
+    rows = torch.arange(height, device=pixel_mask.device, dtype=torch.float32)
+    cols = torch.arange(width, device=pixel_mask.device, dtype=torch.float32)
+    return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1).flatten(0, 1)[None]
+
+
+class STImageMAEEmbeddings(nn.Module):
+    """Sites to tokens: the sum over visible channels of value x gene embedding, plus position."""
+
+    def __init__(self, config: STImageMAEConfig):
+        super().__init__()
+        self.config = config
+        self.gene_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mask_token = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        gene_ids: torch.Tensor,
+        channel_mask: torch.Tensor,
+        positions: torch.Tensor,
+        bool_masked_entries: torch.Tensor | None,
+    ) -> torch.Tensor:
+        values = pixel_values.flatten(2)  # (B, C, S*S)
+        visible = channel_mask[:, :, None]
+        if bool_masked_entries is not None:
+            visible = visible & ~bool_masked_entries.flatten(2)
+        genes = self.gene_embeddings(gene_ids)  # (B, C, D)
+        tokens = (values * visible).transpose(1, 2).to(genes.dtype) @ genes  # (B, S*S, D)
+        num_visible = visible.expand_as(values).sum(1)[..., None]  # (B, S*S, 1)
+        # Over the share of visible channels, so that the scale does not depend on how many genes there are.
+        tokens = self.layernorm(tokens * (values.shape[1] / num_visible.clamp(min=1)).to(tokens.dtype))
+        tokens = torch.where(num_visible > 0, tokens, self.mask_token.to(tokens.dtype))
+        return tokens + sine_cosine_positions(positions, tokens.shape[-1]).to(tokens.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out; the other implementations come from transformers."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class STImageMAEAttention(nn.Module):
+    """Multi-head self-attention among the sites of a window."""
+
+    def __init__(self, config: STImageMAEConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class STImageMAELayer(GradientCheckpointingLayer):
+    """A pre-norm Transformer layer; encoder and decoder differ in its sizes alone."""
+
+    def __init__(self, config: STImageMAEConfig, hidden_size: int, num_heads: int, intermediate_size: int):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.attention = STImageMAEAttention(config, hidden_size, num_heads)
+        self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        update = self.fc2(self.activation(self.fc1(self.layernorm_after(hidden_states))))
+        return hidden_states + self.dropout(update)
+
+
+def site_attention_mask(
+    config: STImageMAEConfig, hidden_states: torch.Tensor, pixel_mask: torch.Tensor
+) -> torch.Tensor | None:
+    """Keys are the observed sites. A window without any attends everywhere, so that softmax stays finite."""
+    observed = pixel_mask.flatten(1)
+    return create_bidirectional_mask(
+        config=config, inputs_embeds=hidden_states, attention_mask=observed | ~observed.any(-1, keepdim=True)
+    )
+
+
+class STImageMAEDecoder(nn.Module):
+    """Encoded sites to features in the space of the gene embeddings."""
+
+    def __init__(self, config: STImageMAEConfig):
+        super().__init__()
+        self.config = config
+        width = config.decoder_hidden_size
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.layers = nn.ModuleList(
+            STImageMAELayer(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
+            for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.project = nn.Linear(width, config.hidden_size)
+
+    def forward(self, encoded: torch.Tensor, pixel_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.embed(encoded)  # (B, S*S, decoder width)
+        hidden_states = hidden_states + sine_cosine_positions(positions, hidden_states.shape[-1]).to(encoded.dtype)
+        attention_mask = site_attention_mask(self.config, hidden_states, pixel_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask)
+        return self.project(self.layernorm(hidden_states))  # (B, S*S, D)
+
+
+# ---------------------------------------------------------------------------- models
+
+
+class STImageMAEPreTrainedModel(PreTrainedModel):
+    """Weights, files and defaults that both models share."""
+
+    config: STImageMAEConfig
+    base_model_prefix = "stimg"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # The loss is a mean over windows already: the Trainer has to average it over accumulation steps itself.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["STImageMAEEmbeddings", "STImageMAELayer", "STImageMAEDecoder"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": STImageMAELayer, "attentions": STImageMAEAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, STImageMAEEmbeddings):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write weights, config and the code that reads them, so that every Auto class finds its entry."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def embed(self, image: Any, processor: Any, **options: Any) -> np.ndarray:
+        """Embed every spot of a `SlideImage`; see `embed_image` for the options.
+
+        Returns:
+            float32 (num_spots, width), in the image's order of spots.
+        """
+        return embed_image(self, processor, image, **options)
+
+
+class STImageMAEModel(STImageMAEPreTrainedModel):
+    """The encoder: windows of a slide to one vector a site. Nothing is masked unless a mask is given."""
+
+    # A pretraining checkpoint holds the decoder too; it is not missed here.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012
+
+    def __init__(self, config: STImageMAEConfig):
+        super().__init__(config)
+        self.embeddings = STImageMAEEmbeddings(config)
+        self.layers = nn.ModuleList(
+            STImageMAELayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.gene_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.gene_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        gene_ids: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        channel_mask: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        bool_masked_entries: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, window_size, window_size)`): Expression.
+            gene_ids (`torch.LongTensor` of shape `(batch_size, num_channels)`): Vocabulary number of every channel.
+            pixel_mask (`torch.BoolTensor` of shape `(batch_size, window_size, window_size)`, *optional*): True =
+                observed; `None` = all are. Empty sites are not attended to, and their outputs are 0.
+            channel_mask (`torch.BoolTensor` of shape `(batch_size, num_channels)`, *optional*): True = measured;
+                `None` = `gene_ids != config.pad_token_id`.
+            coordinates (`torch.Tensor` of shape `(batch_size, window_size, window_size, 2)`, *optional*): Row and
+                column on the slide, 0 to 100; needed when `config.position_embedding_type` is `"slide"`.
+            bool_masked_entries (`torch.BoolTensor` of shape `(batch_size, num_channels, window_size, window_size)`,
+                *optional*): True = hidden. A site all of whose measured channels are hidden enters as a mask token.
+
+        Returns:
+            `last_hidden_state` `(batch_size, window_size ** 2, hidden_size)`, sites row by row, and `pooler_output`
+            `(batch_size, hidden_size)`, their mean over observed sites.
+        """
+        pixel_mask, channel_mask = default_masks(self.config, pixel_values, gene_ids, pixel_mask, channel_mask)
+        positions = site_positions(self.config, pixel_mask, coordinates)
+        hidden_states = self.embeddings(pixel_values, gene_ids, channel_mask, positions, bool_masked_entries)
+        attention_mask = site_attention_mask(self.config, hidden_states, pixel_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        observed = pixel_mask.flatten(1)[..., None].to(hidden_states.dtype)
+        last_hidden_state = self.layernorm(hidden_states) * observed
+        pooled = last_hidden_state.sum(1) / observed.sum(1).clamp(min=1)
+        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
+
+
+class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
+    """Encoder and decoder: hide a part of a window and predict it (Eq. 8)."""
+
+    def __init__(self, config: STImageMAEConfig):
+        super().__init__(config)
+        self.stimg = STImageMAEModel(config)
+        self.decoder = STImageMAEDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.stimg.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.stimg.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        gene_ids: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        channel_mask: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        bool_masked_entries: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        mask_ratio: float | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> STImageMAEForPreTrainingOutput:
+        r"""
+        Args:
+            pixel_values, gene_ids, pixel_mask, channel_mask, coordinates: As for `STImageMAEModel`.
+            bool_masked_entries (`torch.BoolTensor` of shape `(batch_size, num_channels, window_size, window_size)`,
+                *optional*): The mask itself. Entries of empty sites and padded channels are taken out of it.
+            noise (`torch.Tensor` of shape `(batch_size, num_channels, window_size, window_size)`, *optional*):
+                Uniform in [0, 1), where no mask is given: the lowest `round(mask_ratio * n)` of a window's n maskable
+                entries (or sites, by channel 0) are hidden. `None`: drawn from torch's global generator.
+            mask_ratio (`float`, *optional*): Instead of `config.mask_ratio`.
+        """
+        pixel_mask, channel_mask = default_masks(self.config, pixel_values, gene_ids, pixel_mask, channel_mask)
+        maskable = channel_mask[:, :, None, None] & pixel_mask[:, None]
+        if bool_masked_entries is not None:
+            mask = bool_masked_entries.bool() & maskable
+        else:
+            if noise is None:
+                noise = torch.rand(pixel_values.shape, device=pixel_values.device)
+            ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+            mask = draw_mask(noise, channel_mask, pixel_mask, ratio, self.config.mask_unit)
+        outputs = self.stimg(
+            pixel_values,
+            gene_ids,
+            pixel_mask=pixel_mask,
+            channel_mask=channel_mask,
+            coordinates=coordinates,
+            bool_masked_entries=mask,
+            **kwargs,
+        )
+        reconstruction = self.reconstruct(outputs.last_hidden_state, gene_ids, pixel_mask, coordinates)
+        return STImageMAEForPreTrainingOutput(
+            loss=masked_mean_squared_error(reconstruction, pixel_values, mask),
+            reconstruction=reconstruction,
+            mask=mask,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def reconstruct(
+        self,
+        last_hidden_state: torch.Tensor,
+        gene_ids: torch.Tensor,
+        pixel_mask: torch.Tensor,
+        coordinates: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict genes at every site: the site's decoded feature, projected, times the gene's embedding (Eq. 8).
+
+        Args:
+            last_hidden_state: float (B, S*S, D), from the encoder. gene_ids: int64 (B, C), any genes, also others
+                than the encoder saw. pixel_mask: bool (B, S, S). coordinates: as in `forward`.
+
+        Returns:
+            float (B, C, S, S).
+        """
+        positions = site_positions(self.config, pixel_mask, coordinates)
+        features = self.decoder(last_hidden_state, pixel_mask, positions)  # (B, S*S, D)
+        genes = self.get_input_embeddings()(gene_ids).to(features.dtype)  # (B, C, D)
+        return (genes @ features.transpose(1, 2)).unflatten(-1, tuple(pixel_mask.shape[1:]))
+
+
+def default_masks(
+    config: STImageMAEConfig,
+    pixel_values: torch.Tensor,
+    gene_ids: torch.Tensor,
+    pixel_mask: torch.Tensor | None,
+    channel_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pixel_mask` bool (B, S, S) and `channel_mask` bool (B, C), all sites and all but padding where not given."""
+    if pixel_values.ndim != 4 or gene_ids.shape != pixel_values.shape[:2]:
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)} and gene_ids {tuple(gene_ids.shape)}: expected "
+            "(B, C, S, S) and (B, C)."
+        )
+    if pixel_mask is None:
+        pixel_mask = torch.ones(pixel_values.shape[:1] + pixel_values.shape[2:], device=pixel_values.device)
+    if channel_mask is None:
+        channel_mask = gene_ids != config.pad_token_id
+    return pixel_mask.bool(), channel_mask.bool()
+
+
+def masked_mean_squared_error(reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over windows of each window's mean squared error over its masked entries, in float32."""
+    squared = (reconstruction.float() - target.float()).square() * mask
+    masked = mask.flatten(1).sum(-1)  # (B,)
+    per_window = squared.flatten(1).sum(-1) / masked.clamp(min=1)
+    return per_window.sum() / (masked > 0).sum().clamp(min=1)
+
+
+STImageMAEConfig.register_for_auto_class()
+STImageMAEModel.register_for_auto_class("AutoModel")
+STImageMAEForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+
+__all__ = [
+    "STImageMAEForPreTraining",
+    "STImageMAEForPreTrainingOutput",
+    "STImageMAEModel",
+    "STImageMAEPreTrainedModel",
+]

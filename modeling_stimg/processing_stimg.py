@@ -1,0 +1,280 @@
+# Copyright 2026 The stimg authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""STPatchProcessor: slides and windows of slides as model input."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
+
+from .compaction_stimg import COMPACTIONS
+from .genes_stimg import GeneVocabulary
+from .sampling_stimg import GENE_SELECTIONS, Window, draw_corner, make_window
+from .slide_image_stimg import SlideImage, slide_image_from_adata
+
+logger = logging.get_logger(__name__)
+
+NORMALIZATIONS = ("log1p", "standardized")
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class STPatchProcessorKwargs(ImagesKwargs, total=False):
+    """What may be changed when a processor is loaded; see `STPatchProcessor`."""
+
+    window_size: int
+    num_channels: int
+    compaction: str
+    gene_selection: str
+    normalization: str
+    target_sum: float
+    min_observed: float
+
+
+class STPatchProcessor(BaseImageProcessor):
+    r"""Turns a slide into a `SlideImage`, and a `SlideImage` into batches of windows.
+
+    Args:
+        vocabulary: the genes that the model knows.
+        window_size: side S of a window, in sites.
+        num_channels: genes C of a window.
+        compaction: how array indices become a grid: `"lattice"` or `"rank"`.
+        gene_selection: how a window's genes are chosen: `"weighted"`, `"variable"` or `"random"`.
+        normalization: `"log1p"` values, or `"standardized"` ones: less the gene's corpus mean, over its deviation, at
+            observed spots (needs both in the vocabulary). Genes are selected by log1p variance either way.
+        target_sum: counts per spot after depth normalisation, before log1p.
+        min_observed: share of a drawn window's sites that should hold a spot.
+
+    Raises:
+        ValueError: an option outside its range, or statistics that the vocabulary lacks.
+    """
+
+    model_input_names = ("pixel_values", "gene_ids", "channel_mask", "pixel_mask", "coordinates")
+    valid_kwargs = STPatchProcessorKwargs
+
+    def __init__(
+        self,
+        vocabulary: GeneVocabulary,
+        window_size: int = 16,
+        num_channels: int = 512,
+        compaction: str = "lattice",
+        gene_selection: str = "weighted",
+        normalization: str = "log1p",
+        target_sum: float = 1e4,
+        min_observed: float = 0.2,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.vocabulary = vocabulary
+        self.window_size = window_size
+        self.num_channels = num_channels
+        self.compaction = compaction
+        self.gene_selection = gene_selection
+        self.normalization = normalization
+        self.target_sum = target_sum
+        self.min_observed = min_observed
+        self._check_options()
+
+    def _check_options(self) -> None:
+        for name, allowed in (
+            ("compaction", COMPACTIONS),
+            ("gene_selection", GENE_SELECTIONS),
+            ("normalization", NORMALIZATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {allowed}.")
+        for name in ("window_size", "num_channels", "target_sum"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number.")
+        if not 0 <= self.min_observed <= 1:
+            raise ValueError(f"min_observed is {self.min_observed}: expected a share between 0 and 1.")
+        if self.normalization == "standardized" and (self.vocabulary.mean is None or self.vocabulary.deviation is None):
+            raise ValueError(
+                'normalization is "standardized", but the vocabulary has no gene means and deviations: compute them '
+                "on the corpus (data_processing/gene_statistics.py) or use "
+                '"log1p".'
+            )
+
+    # ---------------------------------------------------------------- slide -> image
+
+    def slide_to_image(self, adata: Any, on_duplicate: str = "error", name: str = "slide") -> SlideImage:
+        """Compact a slide, match its genes and normalise its counts.
+
+        Args:
+            adata: a slide as `read_slide` gives it: raw counts in `X`, integer `obs["array_row"]`, `["array_col"]`.
+            on_duplicate: two spots on one array position are an `"error"`, or the `"first"` is kept and the others
+                share its embedding, with one warning that counts them.
+            name: what messages call the slide.
+
+        Raises:
+            ValueError: no raw counts, no array indices, too few genes known, or spots on one position.
+        """
+        return slide_image_from_adata(adata, self.vocabulary, self.compaction, self.target_sum, on_duplicate, name)
+
+    # ---------------------------------------------------------------- image -> windows
+
+    def __call__(self, image: SlideImage, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Same as `preprocess`."""
+        return self.preprocess(image, *args, **kwargs)
+
+    def preprocess(
+        self,
+        image: SlideImage,
+        num_windows: int | None = None,
+        windows: Sequence[tuple[int, int]] | None = None,
+        seed: int = 0,
+        genes: Sequence[str] | Sequence[int] | np.ndarray | None = None,
+        gene_selection: str | None = None,
+        window_size: int | None = None,
+        first_window: int = 0,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Draw windows of a slide and make them dense.
+
+        Window `i` of the batch has the number `first_window + i`; what is drawn for it depends on `seed`, its number
+        and the slide alone.
+
+        Args:
+            image: from `slide_to_image`.
+            num_windows: how many windows to draw (1 when neither this nor `windows` is given).
+            windows: (top, left) of every window, instead of drawing them.
+            seed: int from 0.
+            genes: names or vocabulary numbers that fix the channels, instead of selecting them for each window; those
+                that were not measured on the slide become padding.
+            gene_selection, window_size: instead of the processor's own.
+            first_window: number of the first window.
+            return_tensors: `"pt"`, `"np"`, or None for NumPy.
+
+        Returns:
+            `pixel_values` float32 (B, C, S, S), 0 where empty or padded; `gene_ids` int64 (B, C), `pad_id` where
+            padded; `channel_mask` bool (B, C); `pixel_mask` bool (B, S, S), True = observed; `coordinates` float32
+            (B, S, S, 2), row and column in [0, 100]; `spot_index` int64 (B, S, S) into the image's spots, -1 = empty.
+
+        Raises:
+            ValueError: windows outside the slide, unknown or repeated genes, or a seed below 0.
+        """
+        if not isinstance(image, SlideImage) and type(image).__name__ != "SlideImage":
+            raise ValueError(
+                f"Got a {type(image).__name__}: expected a SlideImage; make one with processor.slide_to_image(adata)."
+            )
+        if seed < 0 or first_window < 0:
+            raise ValueError(f"seed is {seed} and first_window {first_window}: expected integers from 0.")
+        size = self.window_size if window_size is None else window_size
+        corners = self._corners(image, num_windows, windows, size, seed, first_window)
+        rule = self.gene_selection if gene_selection is None else gene_selection
+        channels = None if genes is None else self.gene_numbers(genes)
+        batch = [
+            make_window(image, corner, size, self.num_channels, rule, seed, first_window + i, channels)
+            for i, corner in enumerate(corners)
+        ]
+        arrays = {key: np.stack([getattr(w, key) for w in batch]) for key in Window.__dataclass_fields__}
+        if self.normalization == "standardized":
+            arrays["pixel_values"] = self._standardize(arrays)
+        return BatchFeature(data=arrays, tensor_type=return_tensors)
+
+    def _corners(
+        self,
+        image: SlideImage,
+        num_windows: int | None,
+        windows: Sequence[tuple[int, int]] | None,
+        size: int,
+        seed: int,
+        first_window: int,
+    ) -> list[tuple[int, int]]:
+        if windows is None:
+            numbers = range(first_window, first_window + (1 if num_windows is None else num_windows))
+            corners = [draw_corner(image, size, self.min_observed, seed, number) for number in numbers]
+        else:
+            if num_windows is not None:
+                raise ValueError("Both num_windows and windows are given: pass one of them.")
+            corners = [(int(top), int(left)) for top, left in windows]
+        if not corners:
+            raise ValueError("No windows were asked for: num_windows or windows must give at least one.")
+        outside = [c for c in corners if not (0 <= c[0] < image.height and 0 <= c[1] < image.width)]
+        if outside:
+            raise ValueError(
+                f"Window corner {outside[0]} lies outside {image!r}: expected (top, left) within its sites."
+            )
+        return corners
+
+    def gene_numbers(self, genes: Sequence[str] | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Vocabulary numbers int64 (C,) of genes given by name or number.
+
+        Raises:
+            ValueError: a gene that the vocabulary lacks, or one that is given twice.
+        """
+        given = np.asarray(genes)
+        numbers = given.astype(np.int64) if given.dtype.kind in "iu" else self.vocabulary.encode(given.tolist())
+        unknown = (numbers < 0) | (numbers >= len(self.vocabulary))
+        if unknown.any():
+            raise ValueError(
+                f"{int(unknown.sum())} of {len(numbers)} genes are not in the vocabulary, e.g. "
+                f"{given[unknown][0]!r}: it holds {len(self.vocabulary):,} genes; see processor.vocabulary."
+            )
+        if len(np.unique(numbers)) < len(numbers):
+            raise ValueError(
+                f"{len(numbers) - len(np.unique(numbers))} genes are given twice: each may be one channel."
+            )
+        return numbers
+
+    def _standardize(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        """(value - mean) / deviation at observed entries; empty sites and padded channels stay 0."""
+        mean = np.append(self.vocabulary.mean, np.float32(0))[arrays["gene_ids"]][:, :, None, None]
+        deviation = np.append(self.vocabulary.deviation, np.float32(1))[arrays["gene_ids"]][:, :, None, None]
+        observed = arrays["channel_mask"][:, :, None, None] & arrays["pixel_mask"][:, None]
+        return np.where(observed, (arrays["pixel_values"] - mean) / deviation, np.float32(0))
+
+    # ---------------------------------------------------------------- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the vocabulary, which has a file of its own (`genes.json`), named by its fingerprint."""
+        fields = {k: v for k, v in self.__dict__.items() if k != "vocabulary" and not k.startswith("_")}
+        return {**fields, "genes_sha256": self.vocabulary.sha256, "image_processor_type": type(self).__name__}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Write `preprocessor_config.json`, `genes.json` and the code that reads them."""
+        os.makedirs(save_directory, exist_ok=True)
+        genes_file = self.vocabulary.save(save_directory)
+        self.register_for_auto_class()
+        return [*super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs), genes_file]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "STPatchProcessor":
+        """Load a processor and its `genes.json` from a folder or a Hub repository.
+
+        Raises:
+            ValueError: `genes.json` is not the one that the processor was saved with.
+        """
+        fields, _ = cls.get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        hub = {k: kwargs[k] for k in HUB_KWARGS if k in kwargs}
+        vocabulary = GeneVocabulary.from_pretrained(
+            pretrained_model_name_or_path, sha256=fields.get("genes_sha256"), **hub
+        )
+        return super().from_pretrained(pretrained_model_name_or_path, vocabulary=vocabulary, **kwargs)
+
+    @classmethod
+    def from_dict(
+        cls, image_processor_dict: dict[str, Any], vocabulary: GeneVocabulary | None = None, **kwargs: Any
+    ) -> Any:
+        """Make a processor from `to_dict()` and its vocabulary."""
+        if vocabulary is None:
+            raise ValueError("A processor needs its gene vocabulary: pass vocabulary=, or load with from_pretrained.")
+        fields = {k: v for k, v in image_processor_dict.items() if k not in ("genes_sha256", "image_processor_type")}
+        return super().from_dict({**fields, "vocabulary": vocabulary}, **kwargs)
+
+
+__all__ = ["STPatchProcessor", "STPatchProcessorKwargs"]
