@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .compaction_stimg import is_staggered
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 DOMAIN_COLOURS = "tab20"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure that belongs to no global state and needs no display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -37,64 +39,78 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     temporary.replace(path)
 
 
-def grid_positions(adata: AnnData) -> tuple[np.ndarray, np.ndarray]:
-    """Where to draw the spots: x, y float64 (n_obs,), y downwards; odd rows of a staggered array are in between."""
-    rows = adata.obs["array_row"].to_numpy().astype(float)
-    cols = adata.obs["array_col"].to_numpy().astype(float)
-    staggered = len(rows) > 1 and len(set((rows + cols) % 2)) == 1
-    # On a staggered array neighbours of a row are two columns apart, and rows sqrt(3) / 2 of that.
-    return (cols, rows * np.sqrt(3)) if staggered else (cols, rows)
+def grid_positions(adata: AnnData) -> tuple[np.ndarray, float]:
+    """Where to draw the spots: float64 (n_obs, 2), x and y downwards, and the distance between neighbours.
+
+    On a staggered array the spots of a row are two columns apart, and rows sqrt(3) / 2 of that distance.
+    """
+    rows, cols = adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy()
+    if is_staggered(rows, cols) and len(rows) > 1:
+        return np.stack([cols, rows * np.sqrt(3)], axis=1).astype(float), 2.0
+    return np.stack([cols, rows], axis=1).astype(float), 1.0
 
 
 def plot_domains(adata: AnnData, values: Sequence[Any] | np.ndarray, title: str = "", ax: Axes | None = None) -> Axes:
-    """A map of the slide, one marker a spot.
+    """A map of the slide, one disc a spot.
 
     Args:
         adata: a slide from `read_slide`.
         values: (n_obs,), classes (str, categories, integers or None) or numbers (float).
-        ax: where to draw; None = a figure of its own (`ax.figure`).
+        title: above the map. ax: where to draw; None = a figure of its own (`ax.figure`).
     """
-    x, y = grid_positions(adata)
+    from matplotlib.collections import EllipseCollection
+
+    positions, pitch = grid_positions(adata)
+    low, high = positions.min(0) - pitch, positions.max(0) + pitch
     if ax is None:
-        span = max(np.ptp(y), 1) / max(np.ptp(x), 1)
-        ax = _figure(6, min(max(6 * span, 2.5), 12)).subplots()
+        ax = new_figure(7, min(max(5.5 * (high - low)[1] / (high - low)[0], 2.5), 12)).subplots()
+    # Discs in data units: neighbours touch at any size of the figure.
+    size = np.full(len(positions), 0.95 * pitch)
     values = np.asarray(values)
-    # A marker about as wide as the distance between spots.
-    width = ax.figure.get_figwidth() * ax.get_position().width * 72
-    size = (
-        0.9 * width / (np.ptp(x) / (2 if np.ptp(y) != 0 and y.max() != adata.obs["array_row"].max() else 1) + 1)
-    ) ** 2
+    spots = EllipseCollection(
+        size, size, np.zeros(len(positions)), units="xy", offsets=positions, offset_transform=ax.transData
+    )
     if values.dtype.kind == "f":
-        drawn = ax.scatter(x, y, c=values, s=size, cmap="viridis", linewidths=0)
-        ax.figure.colorbar(drawn, ax=ax, shrink=0.7)
+        spots.set(array=values, cmap="viridis")
+        ax.figure.colorbar(spots, ax=ax, shrink=0.7)
     else:
-        _scatter_classes(ax, x, y, values, size)
-    ax.set(title=title, aspect="equal", xticks=[], yticks=[])
-    ax.invert_yaxis()
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+        spots.set_facecolor(_class_colours(ax, values))
+    ax.add_collection(spots)
+    ax.set(title=title, aspect="equal", xticks=[], yticks=[], xlim=(low[0], high[0]), ylim=(high[1], low[1]))
+    ax.spines[:].set_visible(False)
     return ax
 
 
-def _scatter_classes(ax: Axes, x: np.ndarray, y: np.ndarray, values: np.ndarray, size: float) -> None:
+def _class_colours(ax: Axes, values: np.ndarray) -> np.ndarray:
+    """RGBA (n, 4) of classes, with a legend beside the axes; spots without a class are grey."""
     from matplotlib import colormaps
+    from matplotlib.lines import Line2D
 
     labels = np.array(["" if v is None or v != v else str(v) for v in values], dtype=object)
-    classes = sorted(set(labels) - {""}, key=lambda c: (len(c), c) if c.isdigit() else (0, c))
-    colours = colormaps[DOMAIN_COLOURS](np.arange(len(classes)) % 20)
+    classes = sorted(set(labels) - {""}, key=lambda c: (int(c), "") if c.isdigit() else (-1, c))
+    colours = {c: colormaps[DOMAIN_COLOURS](i % colormaps[DOMAIN_COLOURS].N) for i, c in enumerate(classes)}
     if (labels == "").any():
-        ax.scatter(x[labels == ""], y[labels == ""], s=size, color="0.88", linewidths=0, label="no label")
-    for name, colour in zip(classes, colours, strict=True):
-        ax.scatter(x[labels == name], y[labels == name], s=size, color=colour, linewidths=0, label=name)
-    legend = ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    for handle in legend.legend_handles:
-        handle.set_sizes([30])
+        colours[""] = (0.88, 0.88, 0.88, 1.0)
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=colour, label=name or "no label")
+        for name, colour in colours.items()
+    ]
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    return np.array([colours[label] for label in labels])
+
+
+def plot_maps(adata: AnnData, maps: Mapping[str, Sequence[Any] | np.ndarray], path: str | os.PathLike) -> None:
+    """Several maps of one slide side by side, title by title, as an image file."""
+    figure = new_figure(4.6 * len(maps), 4.2)
+    for ax, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+        plot_domains(adata, values, title=title, ax=ax)
+    save_figure(figure, path)
 
 
 def plot_loss(log_history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
     """The training loss over steps, from `trainer.state.log_history`, as an image file."""
     points = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
-    figure = _figure(6, 3.5)
+    figure = new_figure(6, 3.5)
     ax = figure.subplots()
     ax.plot(*zip(*points, strict=True) if points else ([], []), color="tab:blue")
     ax.set(xlabel="step", ylabel="masked mean squared error", title="Pretraining loss")

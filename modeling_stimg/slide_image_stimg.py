@@ -151,23 +151,15 @@ def csr_entries(indptr: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def check_counts(values: np.ndarray) -> None:
-    """Raise ValueError unless `values` are raw counts: finite, not negative, integers."""
-    if values.size == 0:
-        return
+    """Raise ValueError unless every one of `values` is a finite non-negative integer, of whatever numeric type."""
     if values.dtype.kind not in "fiub":
-        raise ValueError(f"X has dtype {values.dtype}: expected raw counts, integers from 0.")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError("X holds NaN or infinite values: pass raw counts, integers from 0.")
-    if values.min() < 0:
-        raise ValueError(
-            f"X holds negative values (min {values.min():.4g}): pass raw counts, e.g. "
-            'adata.X = adata.layers["counts"]; scaled or corrected values are none.'
-        )
-    if values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
-        raise ValueError(
-            f"X holds non-integers (max {values.max():.4g}): pass raw counts, e.g. "
-            'adata.X = adata.layers["counts"]; normalised or log values are none.'
-        )
+        raise ValueError(f"X holds values of type {values.dtype}: pass raw counts")
+    if not np.isfinite(values).all():
+        raise ValueError(f"X holds {np.count_nonzero(~np.isfinite(values))} NaN or infinite values: pass raw counts")
+    if values.size and values.min() < 0:
+        raise ValueError(f"X holds negative values (min {values.min():.6g}): pass raw counts")
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        raise ValueError(f"X holds non-integers (max {values.max():.6g}): pass raw counts")
 
 
 def csr_arrays(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -23,6 +23,8 @@ import scipy.sparse as sp
 from anndata import AnnData, read_h5ad
 from anndata.utils import make_index_unique
 
+from .slide_image_stimg import check_counts
+
 _KINDS = (
     "read_slide reads .h5ad files, Space Ranger output folders (outs/), "
     "legacy ST count tables (.tsv or .txt, also gzipped) and AnnData in memory"
@@ -92,7 +94,7 @@ def _read_path(path: Path) -> AnnData:
             return read_h5ad(path)
     if path.is_file() and _TABLE_SUFFIX.search(name):
         return _read_legacy_table(path)
-    if name.startswith(_MATRIX):
+    if _MATRIX in name:
         raise ValueError("counts without positions: pass the Space Ranger folder that holds this file and spatial/")
     raise ValueError(f"unknown kind of slide: {_KINDS}")
 
@@ -122,7 +124,7 @@ def _checked(adata: AnnData) -> AnnData:
         )
     counts = _as_csr(adata.X)
     try:
-        _check_counts(counts.data)
+        check_counts(counts.data)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}; here {_where_counts_are(adata)}") from error
     obs = adata.obs.copy()
@@ -150,18 +152,6 @@ def _as_csr(values: Any) -> sp.csr_matrix:
     return matrix
 
 
-def _check_counts(values: np.ndarray) -> None:
-    """Raise ValueError unless every one of `values` is a finite non-negative integer, of whatever numeric type."""
-    if values.dtype.kind not in "fiub":
-        raise ValueError(f"X holds values of type {values.dtype}: pass raw counts")
-    if not np.isfinite(values).all():
-        raise ValueError(f"X holds {np.count_nonzero(~np.isfinite(values))} NaN or infinite values: pass raw counts")
-    if values.size and values.min() < 0:
-        raise ValueError(f"X holds negative values (min {values.min():.6g}): pass raw counts")
-    if values.dtype.kind == "f" and (values != np.rint(values)).any():
-        raise ValueError(f"X holds non-integers (max {values.max():.6g}): pass raw counts")
-
-
 def _where_counts_are(adata: AnnData) -> str:
     """The end of the sentence that refuses `adata.X`: where this very slide holds counts, if it does."""
     for key in sorted(adata.layers, key=lambda name: name != "counts"):  # "counts" first
@@ -174,7 +164,7 @@ def _where_counts_are(adata: AnnData) -> str:
 
 def _holds_counts(values: Any) -> bool:
     try:
-        _check_counts(values.data if sp.issparse(values) else values)
+        check_counts(values.data if sp.issparse(values) else values)
     except ValueError:
         return False
     return bool(values.max() > 0)
@@ -196,8 +186,7 @@ def _array_positions(adata: AnnData) -> tuple[np.ndarray, np.ndarray]:
 
 def _finite(column: pd.Series, what: str) -> np.ndarray:
     """float64 (num_spots): the positions of one column. ValueError where one is missing, infinite or no number."""
-    # By way of object, because a categorical of numbers and a nullable integer with gaps do not convert directly.
-    values = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(np.float64)
+    values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         raise ValueError(
@@ -277,7 +266,7 @@ def _read_10x_mtx(folder: Path) -> AnnData:
     """Counts of the folder `matrix.mtx`, `features.tsv`, `barcodes.tsv`, each gzipped or not."""
     paths = [folder / name for name in ("matrix.mtx", "features.tsv", "barcodes.tsv")]
     paths = [path if path.is_file() else path.with_name(f"{path.name}.gz") for path in paths]
-    table = {"sep": "\t", "header": None, "dtype": str, "keep_default_na": False, "quoting": csv.QUOTE_NONE}
+    table = {"sep": "\t", "header": None, "dtype": str, "keep_default_na": False}
     features, barcodes = (pd.read_csv(path, **table) for path in paths[1:])
     counts = sp.csr_matrix(scipy.io.mmread(paths[0]).T, dtype=np.float32)
     return _10x_slide(counts, barcodes[0].to_numpy(), [features[column].to_numpy() for column in range(3)])
@@ -317,7 +306,7 @@ def _read_position_file(path: Path) -> pd.DataFrame:
         return parquet.read_table(path, columns=_POSITION_COLUMNS).to_pandas()
     with path.open() as file:  # tissue_positions_list.csv has no header, unless someone renamed tissue_positions.csv
         has_header = file.readline().startswith("barcode")
-    return pd.read_csv(path, dtype={"barcode": str}, **({} if has_header else {"names": _POSITION_COLUMNS}))
+    return pd.read_csv(path, names=None if has_header else _POSITION_COLUMNS)
 
 
 def _images_and_scales(spatial: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,156 @@
+"""The `stimg` command."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+SlideArgument = Annotated[
+    str, typer.Argument(help="A slide: .h5ad, Space Ranger output folder, or legacy ST table.", show_default=False)
+]
+
+
+@app.callback()
+def _stimg() -> None:
+    """Spatial transcriptomics as images: embeddings of spots that know their surroundings."""
+
+
+@app.command()
+def inspect(
+    slide: SlideArgument,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id: tell how many genes it knows.")] = None,
+) -> None:
+    """Tell what a slide holds and how it looks to a model, without changing anything."""
+    import numpy as np
+
+    from .compaction_stimg import compact, is_staggered
+    from .slides import read_slide
+
+    adata = read_slide(slide)
+    counts = np.asarray(adata.X.sum(axis=1)).ravel()
+    row, col = adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy()
+    grid_row, grid_col = compact(row, col, "lattice")
+    height, width = int(grid_row.max()) + 1, int(grid_col.max()) + 1
+    sites = len(np.unique(grid_row * width + grid_col))
+    lines = {
+        "spots": f"{adata.n_obs:,}" + (f" on {sites:,} sites" if sites < adata.n_obs else ""),
+        "genes": f"{adata.n_vars:,} (e.g. {', '.join(map(str, adata.var_names[:3]))})",
+        "counts per spot": f"median {np.median(counts):,.0f}, from {counts.min():,.0f} to {counts.max():,.0f}",
+        "array": f"{'staggered' if is_staggered(row, col) else 'square'}, {height} x {width} sites after compaction, "
+        f"{sites / (height * width):.0%} of them observed",
+    }
+    if model is not None:
+        lines["vocabulary"] = str(_load_processor(model).vocabulary.match(adata))
+    for name, value in lines.items():
+        typer.echo(f"{name + ':':<17}{value}")
+
+
+@app.command()
+def embed(
+    slide: SlideArgument,
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a model.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The .h5ad to write.", show_default=False)],
+    plot: Annotated[Path | None, typer.Option(help="Also write a map of domains (k-means clusters) as PNG.")] = None,
+    num_domains: Annotated[int, typer.Option(help="Domains on the map.", min=2)] = 7,
+    readout: Annotated[str | None, typer.Option(help="spot, context or both.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Sites between neighbouring windows.")] = None,
+    gene_selection: Annotated[str | None, typer.Option(help="weighted, variable or random.")] = None,
+    num_gene_draws: Annotated[int | None, typer.Option(help="Gene draws that are averaged.")] = None,
+    smoothing: Annotated[int | None, typer.Option(help="Radius in sites of a final mean; 0 = none.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the gene draws.", min=0)] = 0,
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
+) -> None:
+    """Write a copy of SLIDE with an embedding of every spot in obsm["X_stimg"]."""
+    import torch
+
+    from .embedding import KEY_ADDED, embed_slide
+    from .slides import read_slide
+
+    if output.suffix != ".h5ad":
+        raise ValueError(f"--output is {output.name}: expected a file name that ends in .h5ad.")
+    for path in (output, plot):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"The folder of {path} does not exist: make it first.")
+    adata = read_slide(slide)
+    processor = _load_processor(model, revision)
+    typer.echo(str(processor.vocabulary.match(adata)), err=True)
+    network = _load_model(model, revision)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    embed_slide(
+        adata,
+        network,
+        processor,
+        stride=stride,
+        gene_selection=gene_selection,
+        num_gene_draws=num_gene_draws,
+        readout=readout,
+        smoothing=smoothing,
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
+    )
+    if plot is not None:
+        _plot_clusters(adata, adata.obsm[KEY_ADDED], num_domains, seed, plot)
+    temporary = output.with_name(f"{output.name}.tmp")
+    adata.write_h5ad(temporary, compression="gzip")
+    temporary.replace(output)
+    typer.echo(f'{adata.n_obs:,} spots are embedded in obsm["{KEY_ADDED}"] of {output}.', err=True)
+
+
+def _plot_clusters(adata: Any, embedding: Any, num_domains: int, seed: int, path: Path) -> None:
+    """K-means on the embedding, as a map; labels in obs["stimg_domain"]."""
+    import pandas as pd
+    from scipy.cluster.vq import kmeans2
+
+    from .plotting import plot_domains, save_figure
+
+    if num_domains > adata.n_obs:
+        raise ValueError(f"--num-domains is {num_domains}, but the slide has {adata.n_obs} spots.")
+    _, labels = kmeans2(embedding.astype(float), num_domains, minit="++", seed=seed)
+    adata.obs["stimg_domain"] = pd.Categorical([str(label) for label in labels])
+    save_figure(plot_domains(adata, adata.obs["stimg_domain"], title="k-means on the embedding").figure, path)
+
+
+def _load_processor(model: str, revision: str | None = None) -> Any:
+    from .processing_stimg import STPatchProcessor
+
+    _check_model_folder(model)
+    return STPatchProcessor.from_pretrained(model, **({} if revision is None else {"revision": revision}))
+
+
+def _load_model(model: str, revision: str | None = None) -> Any:
+    from .modeling_stimg import STImageMAEModel
+
+    return STImageMAEModel.from_pretrained(model, **({} if revision is None else {"revision": revision}))
+
+
+def _check_model_folder(model: str) -> None:
+    """A path that is no model should say so, before the Hub is asked for a repository of that name."""
+    path = Path(model)
+    if path.is_dir() and not (path / "preprocessor_config.json").exists():
+        raise FileNotFoundError(
+            f"{model} holds no preprocessor_config.json: expected a model folder, as train/run_pretrain.py writes it."
+        )
+    if not path.is_dir() and (path.is_absolute() or model.startswith(".") or model.count("/") > 1):
+        raise FileNotFoundError(f"There is no model folder {model}: give a folder or a Hub id (ORG/NAME).")
+
+
+def main() -> None:
+    """Run the command; bad input ends in one sentence on stderr and exit status 2."""
+    warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

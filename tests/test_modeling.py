@@ -1,0 +1,241 @@
+"""The model: masks with exact counts, tokens that keep their scale, empty sites and padding without a say, Eq. 8."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_stimg import STImageMAEConfig, STImageMAEForPreTraining
+from modeling_stimg.modeling_stimg import draw_mask, sine_cosine_positions
+
+
+@pytest.fixture
+def batch(images, processor) -> dict[str, torch.Tensor]:
+    """Four windows, some sites of them empty, the last two channels of the last window padded."""
+    batch = dict(processor(images["staggered"], num_windows=4, seed=1, return_tensors="pt"))
+    del batch["spot_index"]
+    batch["gene_ids"][3, -2:] = processor.vocabulary.pad_id
+    batch["channel_mask"][3, -2:] = False
+    batch["pixel_values"][3, -2:] = 0
+    assert not batch["pixel_mask"].all()
+    return batch
+
+
+def noise_like(values: torch.Tensor, seed: int = 0, levels: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(values.shape, generator=generator)
+    return noise if levels is None else (noise * levels).floor() / levels
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1), st.sampled_from([None, 4]))
+@settings(deadline=None, max_examples=60)
+def test_entry_masks_hold_the_lowest_noise_and_an_exact_count(seed: int, ratio: float, levels: int | None):
+    """Also when many noises are equal (`levels`)."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = noise_like(torch.empty(3, 5, 4, 4), seed, levels)
+    channels = torch.rand(3, 5, generator=generator) < 0.7
+    pixels = torch.rand(3, 4, 4, generator=generator) < 0.7
+    mask = draw_mask(noise, channels, pixels, ratio, "entry")
+    maskable = channels[:, :, None, None] & pixels[:, None]
+    assert not (mask & ~maskable).any()
+    for b in range(3):
+        n = int(maskable[b].sum())
+        assert int(mask[b].sum()) == round(ratio * n)
+        if 0 < mask[b].sum() < n:
+            assert noise[b][mask[b]].max() <= noise[b][maskable[b] & ~mask[b]].min()
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1))
+@settings(deadline=None, max_examples=40)
+def test_site_masks_hide_whole_sites_by_channel_0(seed: int, ratio: float):
+    noise = noise_like(torch.empty(2, 5, 4, 4), seed)
+    channels = torch.ones(2, 5, dtype=torch.bool)
+    channels[:, 3] = False
+    pixels = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(seed)) < 0.8
+    mask = draw_mask(noise, channels, pixels, ratio, "site")
+    assert not mask[:, 3].any()
+    assert torch.equal(mask[:, 0], mask[:, 4])
+    for b in range(2):
+        n = int(pixels[b].sum())
+        chosen = mask[b, 0]
+        assert int(chosen.sum()) == round(ratio * n)
+        if 0 < chosen.sum() < n:
+            assert noise[b, 0][chosen].max() <= noise[b, 0][pixels[b] & ~chosen].min()
+
+
+def test_mixed_masks_hide_sites_and_then_entries_of_the_others_evenly_over_channels():
+    noise = noise_like(torch.empty(400, 6, 5, 5))
+    channels, pixels = torch.ones(400, 6, dtype=torch.bool), torch.ones(400, 5, 5, dtype=torch.bool)
+    mask = draw_mask(noise, channels, pixels, 0.4, "mixed")
+    whole = mask.all(1)
+    assert (mask.flatten(1).sum(1) == 10 * 6 + round(0.4 * 15 * 6)).all()
+    assert (whole.flatten(1).sum(1) >= 10).all()
+    share = (mask & ~whole[:, None]).float().mean((0, 2, 3))
+    assert share.std() < 0.02 * share.mean(), "channel 0, which chose the sites, is masked as often as the others"
+
+
+def test_loss_is_the_mean_over_windows_of_each_windows_masked_error(model: STImageMAEForPreTraining, batch):
+    noise = noise_like(batch["pixel_values"])
+    noise[1] = torch.rand(1)
+    batch["pixel_mask"][1] = False  # a window without a maskable entry does not count
+    output = model(**batch, noise=noise)
+    errors = []
+    for b in range(4):
+        masked = output.mask[b]
+        if masked.any():
+            errors.append(((output.reconstruction[b] - batch["pixel_values"][b])[masked] ** 2).mean())
+    assert len(errors) == 3
+    torch.testing.assert_close(output.loss, torch.stack(errors).mean())
+    halves = [model(**{k: v[i] for k, v in batch.items()}, noise=noise[i]).loss for i in (slice(0, 1), slice(2, 4))]
+    torch.testing.assert_close(output.loss, (halves[0] + 2 * halves[1]) / 3)
+
+
+def test_no_mask_anywhere_gives_a_loss_of_zero_that_can_be_trained_on(model: STImageMAEForPreTraining, batch):
+    loss = model(**batch, mask_ratio=0.0).loss
+    assert loss == 0
+    loss.backward()
+
+
+def test_reconstruction_is_a_dot_product_with_gene_embeddings(model: STImageMAEForPreTraining, batch):
+    encoded = model.stimg(**batch).last_hidden_state
+    prediction = model.reconstruct(encoded, batch["gene_ids"], batch["pixel_mask"])
+    doubled = model.get_input_embeddings().weight.data[batch["gene_ids"][0, 4]].clone()
+    others = batch["gene_ids"].clone()
+    others[:, 0] = batch["gene_ids"][0, 4]
+    again = model.reconstruct(encoded, others, batch["pixel_mask"])
+    torch.testing.assert_close(again[0, 0], prediction[0, 4])
+    torch.testing.assert_close(again[:, 1:], prediction[:, 1:])
+    assert doubled.abs().sum() > 0
+    assert not prediction[3, -2:].any(), "the padding gene's embedding is zero"
+
+
+def test_masked_values_have_no_say(model: STImageMAEForPreTraining, batch):
+    """Whatever stands at a masked entry: prediction and features keep every bit."""
+    mask = draw_mask(noise_like(batch["pixel_values"]), batch["channel_mask"], batch["pixel_mask"], 0.4, "mixed")
+    before = model(**batch, bool_masked_entries=mask)
+    batch["pixel_values"] = torch.where(mask, torch.full_like(batch["pixel_values"], 77.0), batch["pixel_values"])
+    after = model(**batch, bool_masked_entries=mask)
+    assert torch.equal(before.reconstruction, after.reconstruction)
+    assert before.loss != after.loss
+
+
+def test_masked_site_enters_as_the_mask_token(model: STImageMAEForPreTraining, batch):
+    site = tuple(batch["pixel_mask"][0].nonzero()[0].tolist())
+    mask = torch.zeros_like(batch["pixel_values"], dtype=torch.bool)
+    mask[0, :, site[0], site[1]] = True
+    hidden = model.stimg(**batch, bool_masked_entries=mask).last_hidden_state
+    with torch.no_grad():
+        model.stimg.embeddings.mask_token.add_(torch.randn_like(model.stimg.embeddings.mask_token))
+    moved = model.stimg(**batch, bool_masked_entries=mask).last_hidden_state
+    assert not torch.allclose(hidden[0], moved[0])
+    torch.testing.assert_close(hidden[1:], moved[1:])
+
+
+def test_nothing_is_masked_unless_a_mask_is_given(model: STImageMAEForPreTraining, batch):
+    none = torch.zeros_like(batch["pixel_values"], dtype=torch.bool)
+    assert torch.equal(
+        model.stimg(**batch).last_hidden_state, model.stimg(**batch, bool_masked_entries=none).last_hidden_state
+    )
+
+
+def test_empty_sites_neither_attend_nor_are_attended_to(model: STImageMAEForPreTraining, batch):
+    hidden = model.stimg(**batch)
+    empty = ~batch["pixel_mask"]
+    assert not hidden.last_hidden_state[empty.flatten(1)].any()
+    batch["pixel_values"] = batch["pixel_values"].masked_fill(empty[:, None], 5.0)
+    again = model.stimg(**batch)
+    torch.testing.assert_close(again.last_hidden_state, hidden.last_hidden_state)
+    observed = (~empty).flatten(1)[..., None]
+    mean = (hidden.last_hidden_state * observed).sum(1) / observed.sum(1)
+    torch.testing.assert_close(hidden.pooler_output, mean)
+
+
+def test_window_without_any_spot_stays_finite(model: STImageMAEForPreTraining, batch):
+    batch["pixel_mask"][0] = False
+    output = model(**batch, noise=noise_like(batch["pixel_values"]))
+    assert output.loss.isfinite()
+    assert output.reconstruction.isfinite().all()
+
+
+def test_padding_channels_and_their_order_have_no_say(model: STImageMAEForPreTraining, batch):
+    hidden = model.stimg(**batch).last_hidden_state
+    wide = dict(batch)
+    pad = torch.full((4, 9), model.config.pad_token_id)
+    order = torch.randperm(41, generator=torch.Generator().manual_seed(0))
+    wide["gene_ids"] = torch.cat([batch["gene_ids"], pad], 1)[:, order]
+    wide["channel_mask"] = torch.cat([batch["channel_mask"], torch.zeros_like(pad).bool()], 1)[:, order]
+    wide["pixel_values"] = torch.cat([batch["pixel_values"], torch.randn(4, 9, 6, 6)], 1)[:, order]
+    torch.testing.assert_close(model.stimg(**wide).last_hidden_state, hidden, atol=2e-5, rtol=1e-4)
+
+
+def test_masks_default_to_all_sites_and_all_but_padding(model: STImageMAEForPreTraining, batch):
+    explicit = {**batch, "pixel_mask": torch.ones_like(batch["pixel_mask"])}
+    implicit = {k: batch[k] for k in ("pixel_values", "gene_ids")}
+    assert torch.equal(model.stimg(**explicit).last_hidden_state, model.stimg(**implicit).last_hidden_state)
+
+
+def test_token_scale_does_not_depend_on_the_number_of_genes(model: STImageMAEForPreTraining, batch):
+    """Half of the channels with the same content twice: the sum halves, the share halves, the token stays."""
+    half = {**batch, "gene_ids": batch["gene_ids"][:2, :16], "channel_mask": batch["channel_mask"][:2, :16]}
+    half |= {k: batch[k][:2] for k in ("pixel_mask", "coordinates")}
+    half["pixel_values"] = batch["pixel_values"][:2, :16]
+    twice = {
+        k: torch.cat([v, v], 1) if k in ("pixel_values", "gene_ids", "channel_mask") else v for k, v in half.items()
+    }
+    torch.testing.assert_close(
+        model.stimg(**half).last_hidden_state, model.stimg(**twice).last_hidden_state, atol=2e-5, rtol=1e-4
+    )
+
+
+def test_any_window_size_and_number_of_channels_work(model: STImageMAEForPreTraining):
+    for channels, size in ((1, 1), (3, 9), (50, 2)):
+        ids = torch.arange(channels)[None].expand(2, -1)
+        output = model(pixel_values=torch.rand(2, channels, size, size), gene_ids=ids, mask_ratio=0.5)
+        assert output.reconstruction.shape == (2, channels, size, size)
+
+
+def test_slide_positions_use_coordinates(config: STImageMAEConfig, batch):
+    config = STImageMAEConfig(**{**config.to_dict(), "position_embedding_type": "slide"})
+    torch.manual_seed(0)
+    model = STImageMAEForPreTraining(config).eval()
+    here = model.stimg(**batch).last_hidden_state
+    moved = model.stimg(**{**batch, "coordinates": batch["coordinates"] * 0.5}).last_hidden_state
+    assert not torch.allclose(here, moved)
+    with pytest.raises(ValueError, match="pass coordinates"):
+        model.stimg(**{k: v for k, v in batch.items() if k != "coordinates"})
+
+
+def test_position_codes_tell_all_sites_of_a_large_window_apart():
+    sites = torch.stack(torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij"), -1).flatten(0, 1)
+    codes = sine_cosine_positions(sites.float(), 32)
+    assert torch.cdist(codes, codes).fill_diagonal_(9).min() > 0.1
+
+
+def test_half_precision_autocast_agrees(model: STImageMAEForPreTraining, batch):
+    noise = noise_like(batch["pixel_values"])
+    exact = model(**batch, noise=noise).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(**batch, noise=noise).loss
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 30}, "not a multiple of num_attention_heads"),
+        ({"hidden_size": 6, "num_attention_heads": 2}, "not a multiple of 4"),
+        ({"mask_unit": "gene"}, "mask_unit is 'gene'"),
+        ({"mask_ratio": 1.5}, "mask_ratio is 1.5"),
+        ({"position_embedding_type": "learned"}, "expected one of"),
+        ({"pad_token_id": 10**6}, "pad_token_id"),
+    ],
+)
+def test_bad_configs_get_one_clear_sentence(fields: dict, message: str):
+    with pytest.raises(Exception, match=message):
+        STImageMAEConfig(**fields)
+
+
+def test_mismatched_shapes_get_one_clear_sentence(model: STImageMAEForPreTraining):
+    with pytest.raises(ValueError, match=r"expected \(B, C, S, S\) and \(B, C\)"):
+        model(pixel_values=torch.rand(2, 3, 4, 4), gene_ids=torch.zeros(2, 4, dtype=torch.long))

@@ -1,0 +1,150 @@
+"""The processor: batches that depend on (seed, window) alone, options, files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_stimg import GeneVocabulary, STPatchProcessor
+
+SHAPES = {
+    "pixel_values": ((3, 32, 6, 6), torch.float32),
+    "gene_ids": ((3, 32), torch.int64),
+    "channel_mask": ((3, 32), torch.bool),
+    "pixel_mask": ((3, 6, 6), torch.bool),
+    "coordinates": ((3, 6, 6, 2), torch.float32),
+    "spot_index": ((3, 6, 6), torch.int64),
+}
+
+
+def test_keys_shapes_and_types_are_the_public_ones(images, processor: STPatchProcessor):
+    batch = processor(images["square"], num_windows=3, seed=0, return_tensors="pt")
+    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items()} == SHAPES
+
+
+@given(st.integers(0, 2**40), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=25)
+def test_a_window_does_not_depend_on_its_batch(images, processor: STPatchProcessor, seed: int, parts: list[int]):
+    image, total = images["staggered"], sum(parts)
+    whole = processor(image, num_windows=total, seed=seed)
+    start = 0
+    for part in parts:
+        some = processor(image, num_windows=part, seed=seed, first_window=start)
+        for key in whole:
+            np.testing.assert_array_equal(some[key], whole[key][start : start + part])
+        start += part
+
+
+def test_seeds_and_windows_differ(images, processor: STPatchProcessor):
+    a, b = (processor(images["square"], num_windows=8, seed=s) for s in (0, 1))
+    assert not np.array_equal(a["gene_ids"], b["gene_ids"])
+    assert not np.array_equal(a["spot_index"], b["spot_index"])
+    assert len({tuple(ids) for ids in a["gene_ids"]}) == 8
+
+
+def test_given_genes_fix_the_channels_and_unmeasured_ones_are_padding(slides, images, vocabulary: GeneVocabulary):
+    processor = STPatchProcessor(vocabulary, window_size=6, num_channels=32)
+    names = [vocabulary.gene_ids[i] for i in (7, 3, 99)]
+    by_name = processor(images["square"], windows=[(0, 0)], genes=names)
+    by_number = processor(images["square"], windows=[(0, 0)], genes=[7, 3, 99])
+    assert by_name["gene_ids"].tolist() == by_number["gene_ids"].tolist() == [[7, 3, 99]]
+    panel = slides["square"][:, [g not in (names[1],) for g in slides["square"].var_names]].copy()
+    batch = processor(processor.slide_to_image(panel), windows=[(0, 0)], genes=names)
+    assert batch["gene_ids"].tolist() == [[7, vocabulary.pad_id, 99]]
+    assert batch["channel_mask"].tolist() == [[True, False, True]]
+    assert not batch["pixel_values"][0, 1].any()
+
+
+def test_slide_with_fewer_genes_than_channels_is_padded(slides, vocabulary: GeneVocabulary):
+    processor = STPatchProcessor(vocabulary, window_size=6, num_channels=64)
+    image = processor.slide_to_image(slides["square"][:, :55].copy())
+    batch = processor(image, num_windows=2)
+    assert (batch["gene_ids"][:, :55] < vocabulary.pad_id).all()
+    assert (batch["gene_ids"][:, 55:] == vocabulary.pad_id).all()
+    np.testing.assert_array_equal(batch["channel_mask"], batch["gene_ids"] != vocabulary.pad_id)
+    assert not batch["pixel_values"][:, 55:].any()
+
+
+def test_slide_smaller_than_the_window_leaves_sites_empty(images, vocabulary: GeneVocabulary):
+    image = images["square"]
+    batch = STPatchProcessor(vocabulary, window_size=20, num_channels=8)(image, num_windows=2)
+    assert batch["pixel_mask"].sum(axis=(1, 2)).tolist() == [image.num_spots] * 2
+
+
+def test_standardized_input_is_standardised_where_observed_and_zero_elsewhere(images, vocabulary: GeneVocabulary):
+    rng = np.random.default_rng(0)
+    mean, deviation = rng.random(len(vocabulary)), rng.random(len(vocabulary)) + 0.5
+    known = vocabulary.with_statistics(mean, deviation)
+    options = {"window_size": 6, "num_channels": 16}
+    plain = STPatchProcessor(known, **options)(images["square"], num_windows=4)
+    standard = STPatchProcessor(known, normalization="standardized", **options)(images["square"], num_windows=4)
+    np.testing.assert_array_equal(standard["gene_ids"], plain["gene_ids"])
+    for b in range(4):
+        for c, gene in enumerate(plain["gene_ids"][b]):
+            observed = plain["pixel_mask"][b]
+            expected = np.where(observed, (plain["pixel_values"][b, c] - mean[gene]) / deviation[gene], 0)
+            np.testing.assert_allclose(standard["pixel_values"][b, c], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="has no gene means and deviations"):
+        STPatchProcessor(vocabulary, normalization="standardized")
+
+
+def test_file_round_trip_gives_the_same_windows(tmp_path: Path, images, vocabulary: GeneVocabulary):
+    processor = STPatchProcessor(
+        vocabulary, window_size=5, num_channels=17, compaction="rank", gene_selection="variable", min_observed=0.4
+    )
+    processor.save_pretrained(tmp_path)
+    again = STPatchProcessor.from_pretrained(tmp_path)
+    assert again.to_dict() == {**processor.to_dict(), "auto_map": again.auto_map}
+    a, b = (p(images["square"], num_windows=3, seed=2) for p in (processor, again))
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+    assert STPatchProcessor.from_pretrained(tmp_path, window_size=9).window_size == 9
+    assert "gene_ids" not in json.loads((tmp_path / "preprocessor_config.json").read_text())
+
+
+def test_gene_file_of_another_model_is_refused(tmp_path: Path, processor: STPatchProcessor):
+    processor.save_pretrained(tmp_path)
+    GeneVocabulary(processor.vocabulary.gene_ids[::-1]).save(tmp_path)
+    with pytest.raises(ValueError, match="sha256 differs"):
+        STPatchProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compaction": "hexagon"}, "compaction is 'hexagon': expected one of"),
+        ({"gene_selection": "best"}, "gene_selection is 'best'"),
+        ({"normalization": "none"}, "normalization is 'none'"),
+        ({"window_size": 0}, "window_size is 0"),
+        ({"min_observed": 2}, "min_observed is 2"),
+    ],
+)
+def test_bad_options_get_one_clear_sentence(vocabulary: GeneVocabulary, options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        STPatchProcessor(vocabulary, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"windows": [(99, 0)]}, "lies outside"),
+        ({"windows": [(0, 0)], "num_windows": 1}, "pass one of them"),
+        ({"windows": []}, "at least one"),
+        ({"genes": ["nonsense"]}, "not in the vocabulary"),
+        ({"genes": [1, 1]}, "given twice"),
+        ({"seed": -1}, "expected integers from 0"),
+        ({"gene_selection": "best"}, "gene_selection is 'best'"),
+    ],
+)
+def test_bad_calls_get_one_clear_sentence(images, processor: STPatchProcessor, call: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        processor(images["square"], **call)
+
+
+def test_a_slide_in_place_of_an_image_is_told_the_way(slides, processor: STPatchProcessor):
+    with pytest.raises(ValueError, match="slide_to_image"):
+        processor(slides["square"])
