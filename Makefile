@@ -14,8 +14,17 @@ $(STAMP): pyproject.toml constraints.txt
 		--editable '.[plot,data,train,eval,dev]'
 	touch $@
 
+# Phantom tissue -> pretraining -> embeddings of slides the model has not seen -> probe table with all baselines.
 demo: $(STAMP)
-	BIN=$(BIN) ./train/demo.sh
+	rm -rf demo
+	$(BIN)/python data_processing/phantom.py --output demo/slides --num-slides 8
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		train/run_pretrain.py --config train/configs/demo.yaml
+	$(BIN)/python eval/run_domain_detection.py --model demo/model --output_dir demo \
+		--slides demo/slides/phantom_06.h5ad demo/slides/phantom_07.h5ad --num_splits 5 --mlp_epochs 100
+	$(BIN)/stimg embed demo/slides/phantom_06.h5ad --model demo/model --output demo/phantom_06.h5ad \
+		--plot demo/phantom_06.png --num-domains 6
+	@echo "The table is demo/table.md, the figures are demo/maps.png and demo/ari.png."
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

@@ -1,0 +1,63 @@
+"""Gene statistics of a corpus against dense linear algebra."""
+
+import numpy as np
+import pytest
+
+from data_processing.gene_statistics import DEVIATION_FLOOR, gene_moments, leading_gene_vectors
+from modeling_stimg import SlideImage, STPatchProcessor
+
+
+@pytest.fixture
+def corpus(slides, processor: STPatchProcessor) -> list[SlideImage]:
+    """Two slides; the second measured only 90 of the 120 genes."""
+    return [
+        processor.slide_to_image(slides["staggered"]),
+        processor.slide_to_image(slides["square"][:, :90].copy()),
+    ]
+
+
+def dense(image: SlideImage) -> np.ndarray:
+    values = np.full((image.num_spots, image.pad_id), np.nan)
+    values[:, image.measured] = 0
+    for spot in range(image.num_spots):
+        part = slice(image.indptr[spot], image.indptr[spot + 1])
+        values[spot, image.indices[part]] = image.values[part]
+    return values
+
+
+def test_moments_are_over_spots_of_slides_that_measured_the_gene(corpus: list[SlideImage]):
+    mean, deviation = gene_moments(corpus)
+    values = np.concatenate([dense(image) for image in corpus])
+    np.testing.assert_allclose(mean, np.nanmean(values, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(deviation, np.maximum(np.nanstd(values, axis=0), DEVIATION_FLOOR), rtol=1e-4)
+    assert deviation.dtype == mean.dtype == np.float32
+
+
+def test_vectors_span_the_leading_right_singular_space(corpus: list[SlideImage]):
+    mean, deviation = gene_moments(corpus)
+    vectors = leading_gene_vectors(corpus, mean, deviation, rank=5, num_iterations=30, progress=False)
+    values = np.concatenate([dense(image) for image in corpus])
+    standard = np.nan_to_num((values - mean) / deviation)
+    exact = np.linalg.svd(standard, full_matrices=False)[2][:5].T
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(5), atol=1e-4)
+    # Sums of squares captured agree, vector by vector; the vectors themselves where singular values are apart.
+    np.testing.assert_allclose(
+        np.linalg.norm(standard @ vectors, axis=0), np.linalg.norm(standard @ exact, axis=0), rtol=1e-3
+    )
+    assert abs(vectors[:, 0] @ exact[:, 0]) == pytest.approx(1, abs=1e-3)
+
+
+def test_vectors_are_the_same_every_time_and_padded_beyond_the_corpus(corpus: list[SlideImage]):
+    mean, deviation = gene_moments(corpus)
+    a, b = (leading_gene_vectors(corpus, mean, deviation, rank=200, seed=1, progress=False) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert a.shape == (120, 200)
+    assert not a[:, 120:].any()
+
+
+def test_large_corpus_is_represented_by_a_subset_of_spots(corpus: list[SlideImage]):
+    mean, deviation = gene_moments(corpus)
+    vectors = leading_gene_vectors(corpus, mean, deviation, rank=3, max_spots=60, progress=False)
+    whole = leading_gene_vectors(corpus, mean, deviation, rank=3, progress=False)
+    assert not np.array_equal(vectors, whole)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-4)

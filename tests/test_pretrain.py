@@ -1,0 +1,178 @@
+"""Pretraining from the command line on phantom slides: what it writes, and that it is a function of its arguments."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anndata import AnnData
+from safetensors.torch import load_file
+
+from data_processing.corpus import find_slides, load_records
+from modeling_stimg import STImageMAEForPreTraining, STImageMAEModel, STPatchProcessor
+from train.arguments import parse_arguments
+from train.run_pretrain import start_gene_embeddings
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
+SMALL = """
+slides: [{slides}/*.h5ad]
+window_size: 6
+num_channels: 32
+hidden_size: 32
+num_hidden_layers: 2
+num_attention_heads: 4
+intermediate_size: 48
+decoder_hidden_size: 16
+decoder_num_hidden_layers: 1
+decoder_num_attention_heads: 4
+decoder_intermediate_size: 24
+mask_unit: mixed
+normalization: standardized
+embedding_defaults: {{stride: 3}}
+per_device_train_batch_size: 4
+max_steps: 8
+learning_rate: 2.0e-3
+logging_steps: 1
+save_strategy: "no"
+use_cpu: true
+"""
+
+
+def pretrain(config: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train" / "run_pretrain.py"), "--config", str(config), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory, slides: dict[str, AnnData]) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    (folder / "slides").mkdir()
+    for name, adata in slides.items():
+        adata.write_h5ad(folder / "slides" / f"{name}.h5ad")
+    (folder / "config.yaml").write_text(SMALL.format(slides=folder / "slides"))
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(config_file: Path) -> Path:
+    output = config_file.parent / "model"
+    run = pretrain(config_file, "--output_dir", str(output))
+    assert run.returncode == 0, run.stderr[-3000:]
+    return output
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_training_lowers_the_loss_and_writes_a_model_that_embeds(trained: Path, slides: dict[str, AnnData]):
+    curve = losses(trained)
+    assert len(curve) == 8
+    assert np.mean(curve[-3:]) < np.mean(curve[:3])
+    processor = STPatchProcessor.from_pretrained(trained)
+    assert processor.normalization == "standardized"
+    model = STImageMAEModel.from_pretrained(trained)
+    assert model.config.embedding_defaults == {"stride": 3}
+    embedding = model.embed(processor.slide_to_image(slides["square"]), processor)
+    assert embedding.shape == (slides["square"].n_obs, 32)
+    assert (trained / "loss.png").stat().st_size > 1000
+
+
+def test_model_says_which_slides_it_saw(trained: Path, slides: dict[str, AnnData]):
+    records = load_records(trained)
+    assert {r.name: (r.patient, r.num_spots) for r in records} == {
+        name: (adata.uns["meta"]["patient"], adata.n_obs) for name, adata in slides.items()
+    }
+    assert load_records(trained / "untrained") == []
+
+
+def test_same_arguments_same_weights(trained: Path, config_file: Path):
+    again = config_file.parent / "again"
+    assert pretrain(config_file, "--output_dir", str(again)).returncode == 0
+    a, b = (load_file(folder / "model.safetensors") for folder in (trained, again))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_command_line_wins_over_the_file_and_the_start_is_kept(trained: Path, config_file: Path):
+    other = config_file.parent / "other"
+    run = pretrain(
+        config_file, "--output_dir", str(other), "--max_steps", "2", "--singular_start", "false", "--exclude", "square"
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(losses(other)) == 2
+    assert [r.name for r in load_records(other)] == ["staggered"]
+    start, random = (load_file(f / "untrained" / "model.safetensors") for f in (trained, other))
+    table = "stimg.embeddings.gene_embeddings.weight"
+    assert not torch.allclose(start[table], random[table])
+    weights = load_file(trained / "model.safetensors")
+    assert not torch.equal(weights[table], start[table])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--slides", "nowhere/*.h5ad"], "No slide matches 'nowhere/*.h5ad'"),
+        (["--exclude", "squares"], "Excluded slides ['squares'] are not among"),
+        (["--mask_unit", "gene"], "mask_unit is 'gene'"),
+        (["--no_such_field", "1"], "no_such_field"),
+    ],
+)
+def test_bad_arguments_end_in_one_sentence_and_write_nothing(config_file: Path, options: list[str], message: str):
+    output = config_file.parent / "never"
+    run = pretrain(config_file, "--output_dir", str(output), *options)
+    assert run.returncode != 0
+    assert message in run.stderr.splitlines()[-1], run.stderr[-2000:]
+    assert "Traceback" not in run.stderr
+    assert not output.exists()
+
+
+def test_unknown_field_in_a_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "bad.yaml").write_text("max_stepps: 3\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+    assert "unknown fields ['max_stepps']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_parses(path: Path, tmp_path: Path):
+    corpus, model, training = parse_arguments(["--config", str(path), "--output_dir", str(tmp_path / "out")])
+    assert corpus.slides
+    assert model.window_size > 0
+    assert training.max_steps > 0 or training.num_train_epochs > 0
+
+
+def test_singular_start_keeps_padding_at_zero_and_the_usual_scale(model: STImageMAEForPreTraining, config):
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((config.vocab_size - 1, config.hidden_size)).astype(np.float32)
+    vectors[7] = 0
+    before = model.get_input_embeddings().weight.detach().clone()
+    start_gene_embeddings(model, vectors)
+    table = model.get_input_embeddings().weight.detach()
+    assert not table[config.pad_token_id].any()
+    assert torch.equal(table[7], before[7])
+    moved = torch.cat([table[:7], table[8:-1]])
+    assert moved.square().mean().sqrt() == pytest.approx(config.initializer_range, rel=1e-4)
+    cosine = torch.cosine_similarity(table[3], torch.from_numpy(vectors[3]), dim=0)
+    assert cosine == pytest.approx(1, abs=1e-5)
+
+
+def test_slides_are_found_by_glob_and_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("b.h5ad", "a.h5ad", "c.tsv.gz"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("SOME_SLIDES", str(tmp_path))
+    found = find_slides(["$SOME_SLIDES/*.h5ad", str(tmp_path / "c.tsv.gz")], exclude=["b"])
+    assert [p.name for p in found] == ["a.h5ad", "c.tsv.gz"]
+    (tmp_path / "a.tsv").touch()
+    with pytest.raises(ValueError, match="Several slides are called 'a'"):
+        find_slides([str(tmp_path / "*")])
