@@ -107,7 +107,19 @@ def test_same_arguments_same_weights(trained: Path, config_file: Path):
 def test_command_line_wins_over_the_file_and_the_start_is_kept(trained: Path, config_file: Path):
     other = config_file.parent / "other"
     run = pretrain(
-        config_file, "--output_dir", str(other), "--max_steps", "2", "--singular_start", "false", "--exclude", "square"
+        config_file,
+        "--output_dir",
+        str(other),
+        "--max_steps",
+        "2",
+        "--singular_start",
+        "false",
+        "--exclude",
+        "square",
+        "--freeze_gene_embeddings",
+        "true",
+        "--target_sum",
+        "500",
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert len(losses(other)) == 2
@@ -117,6 +129,8 @@ def test_command_line_wins_over_the_file_and_the_start_is_kept(trained: Path, co
     assert not torch.allclose(start[table], random[table])
     weights = load_file(trained / "model.safetensors")
     assert not torch.equal(weights[table], start[table])
+    assert torch.equal(load_file(other / "model.safetensors")[table], random[table]), "frozen"
+    assert STPatchProcessor.from_pretrained(other).target_sum == 500
 
 
 @pytest.mark.parametrize(
@@ -152,7 +166,7 @@ def test_every_config_parses(path: Path, tmp_path: Path):
     assert training.max_steps > 0 or training.num_train_epochs > 0
 
 
-def test_singular_start_keeps_padding_at_zero_and_the_usual_scale(model: STImageMAEForPreTraining, config):
+def test_singular_start_keeps_padding_at_zero_and_gives_unit_rows(model: STImageMAEForPreTraining, config):
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((config.vocab_size - 1, config.hidden_size)).astype(np.float32)
     vectors[7] = 0
@@ -162,7 +176,7 @@ def test_singular_start_keeps_padding_at_zero_and_the_usual_scale(model: STImage
     assert not table[config.pad_token_id].any()
     assert torch.equal(table[7], before[7])
     moved = torch.cat([table[:7], table[8:-1]])
-    assert moved.square().mean().sqrt() == pytest.approx(config.initializer_range, rel=1e-4)
+    assert moved.square().sum(-1).mean() == pytest.approx(1, rel=1e-4)
     cosine = torch.cosine_similarity(table[3], torch.from_numpy(vectors[3]), dim=0)
     assert cosine == pytest.approx(1, abs=1e-5)
 

@@ -36,6 +36,10 @@ class CorpusArguments:
     normalization: str = field(
         default="log1p", metadata={"help": "log1p values, or standardized ones (per gene, corpus mean and deviation)."}
     )
+    target_sum: float = field(
+        default=1e4,
+        metadata={"help": "Counts per spot after depth normalisation. Low values tell depth and biology better apart."},
+    )
     min_observed: float = field(
         default=0.2, metadata={"help": "Share of a training window's sites that should hold a spot."}
     )
@@ -68,9 +72,18 @@ class ModelArguments:
         default=True,
         metadata={"help": "Start gene embeddings from the singular vectors of the corpus instead of at random."},
     )
+    freeze_gene_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Keep gene embeddings at their start: a small corpus updates each too rarely to improve it."},
+    )
     embedding_defaults: dict | str | None = field(
         default=None, metadata={"help": "What embed_slide does when not told: a mapping (JSON on the command line)."}
     )
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields that belong to STImageMAEConfig."""
+        ours = {"singular_start", "freeze_gene_embeddings"}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
 
     def __post_init__(self) -> None:
         if isinstance(self.embedding_defaults, str):
@@ -119,7 +132,10 @@ def _read_config(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
     if not path.is_file():
         parser.error(f"--config {path}: no such file; the configs of this project are in train/configs/.")
     fields = {f.name for t in parser.dataclass_types for f in dataclasses.fields(t) if f.init}
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        parser.error(f"--config {path}: no valid YAML ({' '.join(str(error).split())}).")
     unknown = sorted(set(content) - fields)
     if unknown:
         parser.error(f"--config {path}: unknown fields {unknown}; see --help for those that exist.")

@@ -8,7 +8,6 @@ model at step 0, against which an evaluation measures what training added.
 
 import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,7 @@ def build_processor(slides: dict, corpus: CorpusArguments, model: ModelArguments
         "num_channels": model.num_channels,
         "compaction": corpus.compaction,
         "gene_selection": corpus.gene_selection,
+        "target_sum": corpus.target_sum,
         "min_observed": corpus.min_observed,
     }
     processor = STPatchProcessor(vocabulary, **options)
@@ -46,26 +46,26 @@ def build_model(
     processor: STPatchProcessor, images: list[SlideImage], arguments: ModelArguments, seed: int
 ) -> STImageMAEForPreTraining:
     """The model at step 0: random, or with gene embeddings that span the corpus' leading gene programs."""
-    fields = {k: v for k, v in asdict(arguments).items() if k != "singular_start"}
-    config = STImageMAEConfig(vocab_size=len(processor.vocabulary) + 1, **fields)
+    config = STImageMAEConfig(vocab_size=len(processor.vocabulary) + 1, **arguments.config_fields())
     set_seed(seed)
     model = STImageMAEForPreTraining(config)
     if arguments.singular_start:
         vocabulary = processor.vocabulary
         vectors = leading_gene_vectors(images, vocabulary.mean, vocabulary.deviation, config.hidden_size, seed)
         start_gene_embeddings(model, vectors)
+    model.get_input_embeddings().weight.requires_grad_(not arguments.freeze_gene_embeddings)
     return model
 
 
 def start_gene_embeddings(model: STImageMAEForPreTraining, vectors: np.ndarray) -> None:
-    """Replace the random gene embeddings by `vectors` float32 (vocabulary, hidden), at the scale of the random ones.
+    """Replace the random gene embeddings by `vectors` float32 (vocabulary, hidden), scaled to a mean square norm of 1.
 
     Genes without a direction of their own (all-zero rows: they never vary) keep their random start.
     """
     table = model.get_input_embeddings().weight
     start = torch.from_numpy(vectors).to(table)
     moving = start.abs().sum(-1) > 0
-    scale = model.config.initializer_range / start[moving].square().mean().sqrt()
+    scale = start[moving].square().sum(-1).mean().rsqrt()
     with torch.no_grad():
         table[: len(start)][moving] = start[moving] * scale
 
@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
+    # The Trainer leaves its arguments as a pickle, which has no place in a folder that others load a model from.
+    (output / "training_args.bin").unlink(missing_ok=True)
     if trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, output / "loss.png")
         logger.warning(f"The model is in {output}.")
