@@ -116,7 +116,7 @@ def plot_ari(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
         axes.bar_label(bars, ["" if np.isnan(mean) else f"{mean:.3f}" for mean in means], padding=3, fontsize=8)
     axes.set_yticks(np.arange(len(features)), features)
     axes.invert_yaxis()  # the first row on top, as in the table
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
     axes.axvline(0, color="0.3", linewidth=0.8)
     axes.set_xlabel(f"adjusted Rand index, mean over {len(_distinct(records, 'slide'))} slide(s)")
     axes.spines[["top", "right"]].set_visible(False)

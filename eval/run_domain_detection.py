@@ -15,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from anndata import AnnData
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
 
@@ -123,12 +126,23 @@ def seen(name: str, adata: AnnData, model: str) -> str:
     return "same patient" if any(record.patient == patient for record in corpus) else "unseen patient"
 
 
-def k_means(features: np.ndarray, num_domains: int, seed: int) -> np.ndarray:
-    """Clusters of standardised features, int (n,)."""
-    from sklearn.cluster import KMeans
-    from sklearn.preprocessing import StandardScaler
+def k_means(features: np.ndarray, labels: np.ndarray, classes: list[str], seed: int) -> np.ndarray:
+    """As many clusters of standardised features as there are classes, each named after the class it meets most.
 
-    return KMeans(num_domains, n_init=10, random_state=seed).fit_predict(StandardScaler().fit_transform(features))
+    Names are given one to one (Hungarian matching over labelled spots), so that maps share their colours.
+
+    Args:
+        features: float (n, width). labels: int64 (n,), -1 = unlabelled. classes: name of every label.
+
+    Returns:
+        object (n,), names.
+    """
+    clusters = KMeans(len(classes), n_init=10, random_state=seed).fit_predict(StandardScaler().fit_transform(features))
+    labelled = labels >= 0
+    shared = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(shared, (clusters[labelled], labels[labelled]), 1)
+    _, name_of_cluster = linear_sum_assignment(-shared)
+    return np.array(classes, dtype=object)[name_of_cluster[clusters]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -154,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
             output.mkdir(parents=True, exist_ok=True)
             maps = {f"{name}: labels": names}
             for row in ("raw", TRAINED):
-                maps[f"{row}: k-means"] = k_means(features[row], len(classes), arguments.seed).astype(str)
+                maps[f"{row}: k-means"] = k_means(features[row], labels, classes, arguments.seed)
             plot_maps(adata, maps, output / "maps.png")
     corpus = [record.name for record in load_records(Path(arguments.model))]
     metadata = run_metadata(

@@ -105,6 +105,9 @@ class PretrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "Windows are drawn independently, so their order needs no shuffling."}
     )
+    num_cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads of a process on CPUs; default: the machine's cores, shared evenly."}
+    )
     report_to: str = field(default="none", metadata={"help": "Where to log, e.g. tensorboard."})
 
 

@@ -7,6 +7,7 @@ model at step 0, against which an evaluation measures what training added.
 """
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -81,10 +82,18 @@ def plan_steps(
     return training.max_steps * windows_a_step
 
 
+def use_cpu_threads(training: PretrainingArguments) -> None:
+    """Let a CPU run use all cores: `accelerate launch` would leave each process a single thread."""
+    if training.device.type == "cpu":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(training.num_cpu_threads or max(1, (os.cpu_count() or 1) // local_processes))
+
+
 def main(argv: list[str] | None = None) -> None:
     corpus, model_arguments, training = parse_arguments(argv)
     if not corpus.slides:
         raise ValueError("No slides were given: name them with --slides or in the config.")
+    use_cpu_threads(training)
     slides = read_slides(find_slides(corpus.slides, corpus.exclude))
     processor = build_processor(slides, corpus, model_arguments)
     images = slide_images(slides, processor)
