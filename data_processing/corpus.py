@@ -3,16 +3,18 @@
 import glob
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from anndata import AnnData
 from tqdm.auto import tqdm
 
 from modeling_stimg import GeneVocabulary, SlideImage, STPatchProcessor, read_slide
 
-CORPUS_FILE = "corpus.json"
+PRETRAINING_FILE = "pretraining.json"
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,13 @@ def read_slides(paths: Sequence[Path], progress: bool = True) -> dict[str, AnnDa
     return {slide_name(p): read_slide(p) for p in tqdm(paths, desc="read slides", disable=not progress)}
 
 
-def slide_images(slides: dict[str, AnnData], processor: STPatchProcessor) -> list[SlideImage]:
-    """Every slide on its grid; spots that share an array position share a site."""
-    return [processor.slide_to_image(adata, on_duplicate="first", name=name) for name, adata in slides.items()]
+def slide_images(slides: dict[str, AnnData], processor: STPatchProcessor, tell: bool = False) -> list[SlideImage]:
+    """Every slide on its grid; spots that share an array position share a site. `tell`: and how many genes matched."""
+    images = [processor.slide_to_image(adata, on_duplicate="first", name=name) for name, adata in slides.items()]
+    if tell:
+        for image in images:
+            tqdm.write(f"{image.name}: {image.gene_match}", file=sys.stderr)
+    return images
 
 
 def vocabulary_of(slides: dict[str, AnnData], table: str | None) -> GeneVocabulary:
@@ -84,17 +90,18 @@ def vocabulary_of(slides: dict[str, AnnData], table: str | None) -> GeneVocabula
     return GeneVocabulary.from_slides(slides.values(), table=path)
 
 
-def save_records(slides: dict[str, AnnData], folder: Path) -> None:
-    """Write which slides a model sees to `corpus.json` beside its weights."""
+def save_pretraining(folder: Path, slides: dict[str, AnnData], arguments: dict[str, Any]) -> None:
+    """Write which slides a model saw, and how it was trained, to `pretraining.json` beside its weights."""
     records = [asdict(SlideRecord(name, slide_patient(adata), adata.n_obs)) for name, adata in slides.items()]
-    temporary = folder / f"{CORPUS_FILE}.tmp"
-    temporary.write_text(json.dumps({"slides": records}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / CORPUS_FILE)
+    temporary = folder / f"{PRETRAINING_FILE}.tmp"
+    temporary.write_text(json.dumps({"slides": records, "arguments": arguments}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / PRETRAINING_FILE)
 
 
-def load_records(folder: Path) -> list[SlideRecord]:
-    """The slides that the model in `folder` saw; none where it does not say."""
-    path = folder / CORPUS_FILE
+def load_pretraining(folder: Path) -> tuple[list[SlideRecord], dict[str, Any]] | None:
+    """The slides that the model in `folder` saw, and the arguments of its training; None where it does not say."""
+    path = folder / PRETRAINING_FILE
     if not path.exists():
-        return []
-    return [SlideRecord(**r) for r in json.loads(path.read_text(encoding="utf-8"))["slides"]]
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [SlideRecord(**record) for record in content["slides"]], content["arguments"]

@@ -21,7 +21,14 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
 
-from data_processing.corpus import find_slides, load_records, read_slides, slide_patient
+from data_processing.corpus import (
+    SlideRecord,
+    find_slides,
+    load_pretraining,
+    read_slides,
+    slide_images,
+    slide_patient,
+)
 from eval.baselines.expression import baseline_features
 from eval.probes import PROBES, score
 from eval.report import plot_ari, run_metadata, write_report
@@ -61,12 +68,13 @@ class DomainDetectionArguments:
 
 
 def load_encoders(arguments: DomainDetectionArguments) -> dict[str, STImageMAEModel]:
-    """The encoders to compare, by row: at a random start, at step 0 where the folder has it, and trained."""
+    """The encoders to compare, by row: at a random start, at the singular start if it had one, and trained."""
     trained = STImageMAEModel.from_pretrained(arguments.model)
     set_seed(arguments.seed)
     encoders = {RANDOM_START: STImageMAEModel(trained.config)}
     start = Path(arguments.model) / "untrained"
-    if start.is_dir():
+    told = load_pretraining(start)
+    if told is not None and told[1]["singular_start"]:
         encoders[SINGULAR_START] = STImageMAEModel.from_pretrained(start)
     return {**encoders, TRAINED: trained}
 
@@ -113,17 +121,16 @@ def probe_features(features: dict[str, np.ndarray], labels: np.ndarray, argument
     return records
 
 
-def seen(name: str, adata: AnnData, model: str) -> str:
-    """What the model saw of this slide in pretraining, by the `corpus.json` beside its weights."""
-    corpus = load_records(Path(model))
-    if not corpus:
+def seen(name: str, adata: AnnData, corpus: list[SlideRecord] | None) -> str:
+    """What the model saw of this slide in pretraining, by the `pretraining.json` beside its weights."""
+    if corpus is None:
         return "not told"
     if any(record.name == name for record in corpus):
         return "transductive"
     patient = slide_patient(adata)
-    if not patient:
-        return "patient not told"
-    return "same patient" if any(record.patient == patient for record in corpus) else "unseen patient"
+    if patient and any(record.patient == patient for record in corpus):
+        return "same patient"
+    return "unseen patient" if patient and all(record.patient for record in corpus) else "patient not told"
 
 
 def k_means(features: np.ndarray, labels: np.ndarray, classes: list[str], seed: int) -> np.ndarray:
@@ -154,13 +161,16 @@ def main(argv: list[str] | None = None) -> None:
     processor = STPatchProcessor.from_pretrained(arguments.model)
     encoders = load_encoders(arguments)
     output = Path(arguments.output_dir)
+    told = load_pretraining(Path(arguments.model))
+    corpus = None if told is None else told[0]
+    all_labels = {n: slide_labels(a, arguments.label_key, tuple(arguments.unlabelled)) for n, a in slides.items()}
     records = []
     for name, adata in tqdm(slides.items(), desc="slides"):
-        image = processor.slide_to_image(adata, on_duplicate="first", name=name)
+        (image,) = slide_images({name: adata}, processor, tell=True)
         features = all_features(adata, image, encoders, processor, arguments)
-        names = slide_labels(adata, arguments.label_key, tuple(arguments.unlabelled))
+        names = all_labels[name]
         labels, classes = encode_labels(names)
-        saw = seen(name, adata, arguments.model)
+        saw = seen(name, adata, corpus)
         of_models = tuple(k for k in features if k.startswith((TRAINED, SINGULAR_START)))
         for record in probe_features(features, labels, arguments):
             records.append({"slide": name, **record, **({"seen": saw} if record["features"] in of_models else {})})
@@ -170,11 +180,11 @@ def main(argv: list[str] | None = None) -> None:
             for row in ("raw", TRAINED):
                 maps[f"{row}: k-means"] = k_means(features[row], labels, classes, arguments.seed)
             plot_maps(adata, maps, output / "maps.png")
-    corpus = [record.name for record in load_records(Path(arguments.model))]
     metadata = run_metadata(
         arguments.seed,
         slides=list(slides),
-        corpus=corpus,
+        corpus=None if corpus is None else [record.name for record in corpus],
+        pretraining=None if told is None else told[1],
         num_splits=arguments.num_splits,
         train_share=arguments.train_share,
         mlp_epochs=arguments.mlp_epochs,

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,23 +72,25 @@ def embed(
     import torch
 
     from .embedding import KEY_ADDED, embed_slide
+    from .embedding_stimg import usable_device
+    from .plotting import check_figure_path, plot_domains, save_figure
     from .slides import read_slide
 
-    if output.suffix != ".h5ad":
+    if output.suffix != ".h5ad" or output.is_dir():
         raise ValueError(f"--output is {output.name}: expected a file name that ends in .h5ad.")
+    if plot is not None:
+        check_figure_path(plot)
     for path in (output, plot):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"The folder of {path} does not exist: make it first.")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else str(usable_device(device))
     adata = read_slide(slide)
-    processor = _load_processor(model, revision)
-    typer.echo(str(processor.vocabulary.match(adata)), err=True)
-    network = _load_model(model, revision)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if plot is not None and num_domains > adata.n_obs:
+        raise ValueError(f"--num-domains is {num_domains}, but the slide has {adata.n_obs} spots.")
     embed_slide(
         adata,
-        network,
-        processor,
+        _load_model(model, revision),
+        _load_processor(model, revision),
         stride=stride,
         gene_selection=gene_selection,
         num_gene_draws=num_gene_draws,
@@ -97,25 +101,26 @@ def embed(
         seed=seed,
     )
     if plot is not None:
-        _plot_clusters(adata, adata.obsm[KEY_ADDED], num_domains, seed, plot)
+        adata.obs["stimg_domain"] = _clusters(adata.obsm[KEY_ADDED], num_domains, seed)
     temporary = output.with_name(f"{output.name}.tmp")
-    adata.write_h5ad(temporary, compression="gzip")
-    temporary.replace(output)
+    try:
+        adata.write_h5ad(temporary, compression="gzip")
+        if plot is not None:
+            domains = plot_domains(adata, adata.obs["stimg_domain"], title="k-means on the embedding")
+            save_figure(domains.figure, plot)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
     typer.echo(f'{adata.n_obs:,} spots are embedded in obsm["{KEY_ADDED}"] of {output}.', err=True)
 
 
-def _plot_clusters(adata: Any, embedding: Any, num_domains: int, seed: int, path: Path) -> None:
-    """K-means on the embedding, as a map; labels in obs["stimg_domain"]."""
+def _clusters(embedding: Any, num_domains: int, seed: int) -> Any:
+    """K-means clusters of an embedding as a pandas Categorical of "0", "1", ..."""
     import pandas as pd
     from scipy.cluster.vq import kmeans2
 
-    from .plotting import plot_domains, save_figure
-
-    if num_domains > adata.n_obs:
-        raise ValueError(f"--num-domains is {num_domains}, but the slide has {adata.n_obs} spots.")
     _, labels = kmeans2(embedding.astype(float), num_domains, minit="++", seed=seed)
-    adata.obs["stimg_domain"] = pd.Categorical([str(label) for label in labels])
-    save_figure(plot_domains(adata, adata.obs["stimg_domain"], title="k-means on the embedding").figure, path)
+    return pd.Categorical([str(label) for label in labels])
 
 
 def _load_processor(model: str, revision: str | None = None) -> Any:
@@ -147,8 +152,10 @@ def main() -> None:
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
+        # A damaged config says what is wrong in the cause of the error that names its class.
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        print(f"error: {' '.join(str(cause or error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,15 +1,14 @@
 """`embed_slide`: a frozen model over an AnnData."""
 
-import logging
+import sys
 from typing import Any
 
 import numpy as np
 from anndata import AnnData
+from tqdm.auto import tqdm
 
 from .processing_stimg import STPatchProcessor
 from .slides import read_slide
-
-logger = logging.getLogger("stimg")
 
 KEY_ADDED = "X_stimg"
 
@@ -44,13 +43,14 @@ def embed_slide(
         device: e.g. `"cuda"`; None = where the model is.
         seed: of the gene draws.
         key_added: key in `obsm`.
-        progress: show a progress bar.
+        progress: tell how many genes matched, and show a progress bar.
 
     Raises:
         ValueError: no raw counts, no array positions, or too few genes that the model knows.
     """
     image = processor.slide_to_image(read_slide(adata), on_duplicate="first")
-    logger.info("matched %s of %s genes", f"{image.num_matched_genes:,}", f"{image.num_source_genes:,}")
+    if progress:
+        tqdm.write(image.gene_match, file=sys.stderr)
     embedding = model.embed(
         image,
         processor,

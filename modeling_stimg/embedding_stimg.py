@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .sampling_stimg import covering_corners
 from .slide_image_stimg import SlideImage
+
+logger = logging.get_logger(__name__)
 
 READOUTS = ("spot", "context", "both")
 NUM_CONTEXT_PASSES = 4
@@ -55,6 +58,19 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
             "would be left out."
         )
     return options
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device that tensors can be put on.
+
+    Raises:
+        ValueError: no such kind of device, or none of it here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'The device "{device}" cannot be used here ({reason}): try "cpu".') from error
 
 
 @torch.no_grad()
@@ -102,8 +118,18 @@ def embed_image(
         num_gene_draws=num_gene_draws,
         smoothing=smoothing,
     )
+    if len(processor.vocabulary) + 1 != model.config.vocab_size:
+        raise ValueError(
+            f"The model has {model.config.vocab_size:,} gene embeddings, padding included, and the processor "
+            f"{len(processor.vocabulary):,} genes: they belong to different models; load both from one folder."
+        )
+    if options["readout"] != "spot" and model.config.mask_unit == "entry":
+        logger.warning_once(
+            f'readout="{options["readout"]}" reads masked sites, which a model trained with mask_unit="entry" has not '
+            'met: train with "site" or "mixed", or read "spot".'
+        )
     encoder = model.base_model
-    where = encoder.device if device is None else torch.device(device)
+    where = encoder.device if device is None else usable_device(device)
     home, was_training = encoder.device, encoder.training
     encoder.to(where).eval()
     try:
@@ -145,7 +171,7 @@ def _readout_means(
         spots = batch.pop("spot_index").flatten(1).numpy()  # (B, S*S)
         inputs = {k: v.to(device) for k, v in batch.items()}
         for readout in readouts:
-            hidden = _read(encoder, inputs, batch_corners, readout).double().cpu().numpy()
+            hidden = _read(encoder, inputs, batch_corners, readout).cpu().double().numpy()
             for site_spots, site_hidden in zip(spots, hidden, strict=True):
                 # A spot stands once in a window, so plain indexed addition is exact.
                 sums[readout][site_spots[site_spots >= 0]] += site_hidden[site_spots >= 0]

@@ -38,7 +38,7 @@ MIN_MATCHED_SHARE = 0.05
 VAR_ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id")
 VAR_NAME_COLUMNS = ("gene_name", "gene_names", "feature_name", "gene_symbol", "symbol")
 
-_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}")
+_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?$")
 _VERSION = re.compile(r"^(ENS[A-Z]*G\d{11})\.\d+$")
 
 
@@ -52,23 +52,50 @@ def is_ensembl(name: str) -> bool:
     return _ENSEMBL.match(name) is not None
 
 
-def slide_gene_names(adata: Any) -> list[np.ndarray]:
-    """The names that a slide gives its genes, most precise first: id column, index, symbol column.
+@dataclass(frozen=True)
+class SlideGenes:
+    """The names that a slide gives its genes; "" where it gives none.
 
-    Args:
-        adata: AnnData (`var_names`, `var`).
-
-    Returns:
-        One to three object arrays of str, each (n_vars,).
+    Attributes:
+        ids: Ensembl ids without version, from `var["gene_ids"]` and its like, or from `var_names`.
+        symbols: from `var["gene_name"]` and its like, or from `var_names`.
     """
-    columns = [next((c for c in kind if c in adata.var), None) for kind in (VAR_ID_COLUMNS, VAR_NAME_COLUMNS)]
-    index = np.asarray(adata.var_names, dtype=object)
-    names = [
-        np.asarray(adata.var[columns[0]].astype(str), dtype=object) if columns[0] else None,
-        index,
-        np.asarray(adata.var[columns[1]].astype(str), dtype=object) if columns[1] else None,
-    ]
-    return [n for n in names if n is not None]
+
+    ids: list[str]
+    symbols: list[str]
+
+    @classmethod
+    def of(cls, adata: Any) -> "SlideGenes":
+        """Read `var_names` and `var` of an AnnData. An id column that holds anything but Ensembl ids is passed over."""
+        index = [str(n) for n in adata.var_names]
+        columns = {
+            kind: next((_strings(adata.var[c]) for c in names if c in adata.var), index)
+            for kind, names in (("ids", VAR_ID_COLUMNS), ("symbols", VAR_NAME_COLUMNS))
+        }
+        # Gene by gene: references use the id as the name of a gene that has no symbol.
+        ids = [
+            next((strip_version(n) for n in names if is_ensembl(n)), "")
+            for names in zip(columns["ids"], index, strict=True)
+        ]
+        symbols = [
+            next((n for n in names if n and not is_ensembl(n)), "")
+            for names in zip(columns["symbols"], index, strict=True)
+        ]
+        return cls(ids, symbols)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def example(self) -> str:
+        """One name, for messages."""
+        return next((n for pair in zip(self.ids, self.symbols, strict=True) for n in pair if n), "no name")
+
+
+def _strings(column: Any) -> list[str]:
+    """A column as str, missing values as ""."""
+    missing = column.isna().to_numpy()
+    return ["" if gone else str(value) for value, gone in zip(column.to_numpy(object), missing, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +103,6 @@ class GeneMatch:
     """How a slide's genes met the vocabulary. `ids`: int64 (n_vars,), -1 where unknown."""
 
     ids: np.ndarray
-    example: str
 
     @property
     def num_matched(self) -> int:
@@ -202,22 +228,23 @@ class GeneVocabulary:
         names: dict[str, str] = {}
         kinds: dict[bool, int] = {}
         for number, adata in enumerate(slides):
-            for gene, name in _slide_identities(adata, table):
+            genes = SlideGenes.of(adata)
+            for gene, name in _identities(genes, table):
                 if not names.get(gene):
                     names[gene] = name
-            ensembl = np.mean([is_ensembl(n) for n in slide_gene_names(adata)[0]] or [0.0]) > 0.5
-            kinds.setdefault(bool(ensembl), number)
+            kinds.setdefault(bool(np.mean([gene != "" for gene in genes.ids] or [0.0]) > 0.5), number)
         if table is None and len(kinds) == 2:
             raise ValueError(
                 f"Slide {kinds[True]} names its genes by Ensembl id and slide {kinds[False]} by symbol: pass "
                 "`table`, a TSV with gene_id and gene_name, so that one gene gets one identity."
             )
         ids = sorted(names)
+        repeated = {n for n, k in Counter(n for n in names.values() if n).items() if k > 1}
         vocabulary = cls(
             ids,
             [names[g] for g in ids],
             aliases={} if table is None else {a: g for a, g in table.aliases.items() if g in names},
-            ambiguous=() if table is None else table.ambiguous,
+            ambiguous=repeated | (set() if table is None else set(table.ambiguous)),
         )
         kept = [g for g in vocabulary.ambiguous if g in names]
         if kept:
@@ -276,15 +303,18 @@ class GeneVocabulary:
         Raises:
             ValueError: fewer than 50 genes, or fewer than 5 % of the slide's, are known.
         """
-        kinds = slide_gene_names(adata)
-        ids = np.full(len(kinds[0]), -1, dtype=np.int64)
-        for names in kinds:
-            unknown = ids < 0
-            ids[unknown] = self.encode(names[unknown])
-        match = GeneMatch(ids, example=str(kinds[0][0]) if len(ids) else "none")
+        genes = SlideGenes.of(adata)
+        ids = self.encode(genes.ids)
+        # A symbol speaks for a gene only where no Ensembl id contradicts it: the slide gives none, or the vocabulary
+        # knows the gene by its symbol alone.
+        by_symbol = self.encode(genes.symbols)
+        given = np.array([gene != "" for gene in genes.ids], dtype=bool)
+        known_by_id = np.append([is_ensembl(gene) for gene in self.gene_ids], False)[by_symbol]
+        ids = np.where((ids < 0) & ~(given & known_by_id), by_symbol, ids)
+        match = GeneMatch(ids)
         if match.num_matched < max(MIN_MATCHED_GENES, MIN_MATCHED_SHARE * match.num_genes):
             raise ValueError(
-                f"The slide {match} with the vocabulary (e.g. {match.example!r} against {self.gene_ids[0]!r}): at "
+                f"The slide {match} with the vocabulary (e.g. {genes.example!r} against {self.gene_ids[0]!r}): at "
                 f"least {MIN_MATCHED_GENES} genes and {MIN_MATCHED_SHARE:.0%} must match; name genes by human Ensembl "
                 "id or symbol in var_names or var['gene_ids']."
             )
@@ -351,19 +381,14 @@ class GeneVocabulary:
         return cls.load(cached_file(str(pretrained_model_name_or_path), GENES_FILE, **kwargs), sha256)
 
 
-def _slide_identities(adata: Any, table: GeneVocabulary | None) -> list[tuple[str, str]]:
-    """(identity, symbol) of every gene of a slide, by the table where it knows the gene."""
-    kinds = [[strip_version(n) for n in names] for names in slide_gene_names(adata)]
-    symbols = next((names for names in reversed(kinds) if not any(map(is_ensembl, names[:50]))), None)
-    identities = [(gene, symbols[i] if symbols else "") for i, gene in enumerate(kinds[0])]
+def _identities(genes: SlideGenes, table: GeneVocabulary | None) -> list[tuple[str, str]]:
+    """(identity, symbol) of every named gene of a slide, by the table where it knows the gene."""
+    pairs = [(gene or symbol, symbol) for gene, symbol in zip(genes.ids, genes.symbols, strict=True)]
     if table is None:
-        return identities
-    known = np.full(len(identities), -1, dtype=np.int64)
-    for names in kinds:
-        known = np.where(known < 0, table.encode(names), known)
-    return [
-        (table.gene_ids[k], table.gene_names[k]) if k >= 0 else pair for k, pair in zip(known, identities, strict=True)
-    ]
+        return [pair for pair in pairs if pair[0]]
+    known = table.encode(gene or symbol for gene, symbol in zip(genes.ids, genes.symbols, strict=True))
+    named = [(table.gene_ids[k], table.gene_names[k]) if k >= 0 else pair for k, pair in zip(known, pairs, strict=True)]
+    return [pair for pair in named if pair[0]]
 
 
-__all__ = ["GENES_FILE", "GeneMatch", "GeneVocabulary", "is_ensembl", "slide_gene_names", "strip_version"]
+__all__ = ["GENES_FILE", "GeneMatch", "GeneVocabulary", "SlideGenes", "is_ensembl", "strip_version"]

@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stimg import STImageMAEConfig
 from .embedding_stimg import embed_image
+from .masking_stimg import default_masks, draw_mask, masked_mean_squared_error
 
 AUTO_MAP = {
     "AutoConfig": "configuration_stimg.STImageMAEConfig",
@@ -60,57 +61,6 @@ class STImageMAEForPreTrainingOutput(ModelOutput):
     mask: torch.BoolTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-# ---------------------------------------------------------------------------- masks
-
-
-def lowest(noise: torch.Tensor, candidates: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The `round(ratio * n)` lowest-noise of each row's n candidates, an exact count also among equal noises.
-
-    Args:
-        noise: float (B, N). candidates: bool (B, N).
-
-    Returns:
-        bool (B, N).
-    """
-    counts = torch.round(candidates.sum(-1).double() * ratio).long()  # (B,), half to even as Python's round
-    largest = int(counts.max()) if counts.numel() else 0
-    chosen = torch.zeros_like(candidates)
-    if largest == 0:
-        return chosen
-    order = noise.float().masked_fill(~candidates, torch.inf).topk(largest, dim=-1, largest=False, sorted=True).indices
-    within = torch.arange(largest, device=noise.device) < counts[:, None]
-    return chosen.scatter(-1, order, within)
-
-
-def draw_mask(
-    noise: torch.Tensor, channel_mask: torch.Tensor, pixel_mask: torch.Tensor, mask_ratio: float, mask_unit: str
-) -> torch.Tensor:
-    """Which entries a window hides. Empty sites and padded channels are never among them.
-
-    Args:
-        noise: float (B, C, S, S) in [0, 1). channel_mask: bool (B, C). pixel_mask: bool (B, S, S).
-        mask_ratio: share of the maskable entries (or sites) that is hidden, rounded to a whole number.
-        mask_unit: `"entry"`, `"site"` (by channel 0's noise), or `"mixed"` (sites, then entries of the other sites).
-
-    Returns:
-        bool (B, C, S, S).
-    """
-    noise, observed = noise.flatten(2), pixel_mask.flatten(1)  # (B, C, S*S), (B, S*S)
-    maskable = channel_mask[:, :, None] & observed[:, None]
-    if mask_unit == "entry":
-        mask = lowest(noise.flatten(1), maskable.flatten(1), mask_ratio).view_as(maskable)
-    else:
-        sites = lowest(noise[:, 0], observed, mask_ratio)  # (B, S*S)
-        mask = sites[:, None] & maskable
-    if mask_unit == "mixed":
-        # The sites that are left have high noise in channel 0: spread it over [0, 1) again, so that this channel is
-        # masked as often as any other.
-        reach = noise[:, :1].masked_fill(~sites[:, None], 0.0).amax(-1, keepdim=True)
-        rest = torch.cat([(noise[:, :1] - reach) / (1 - reach), noise[:, 1:]], dim=1)
-        mask = mask | lowest(rest.flatten(1), (maskable & ~mask).flatten(1), mask_ratio).view_as(mask)
-    return mask.unflatten(-1, tuple(pixel_mask.shape[1:]))
 
 
 # ---------------------------------------------------------------------------- layers
@@ -384,7 +334,9 @@ class STImageMAEModel(STImageMAEPreTrainedModel):
             `last_hidden_state` `(batch_size, window_size ** 2, hidden_size)`, sites row by row, and `pooler_output`
             `(batch_size, hidden_size)`, their mean over observed sites.
         """
-        pixel_mask, channel_mask = default_masks(self.config, pixel_values, gene_ids, pixel_mask, channel_mask)
+        pixel_mask, channel_mask = default_masks(
+            self.config.pad_token_id, pixel_values, gene_ids, pixel_mask, channel_mask
+        )
         positions = site_positions(self.config, pixel_mask, coordinates)
         hidden_states = self.embeddings(pixel_values, gene_ids, channel_mask, positions, bool_masked_entries)
         attention_mask = site_attention_mask(self.config, hidden_states, pixel_mask)
@@ -434,7 +386,9 @@ class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
                 entries (or sites, by channel 0) are hidden. `None`: drawn from torch's global generator.
             mask_ratio (`float`, *optional*): Instead of `config.mask_ratio`.
         """
-        pixel_mask, channel_mask = default_masks(self.config, pixel_values, gene_ids, pixel_mask, channel_mask)
+        pixel_mask, channel_mask = default_masks(
+            self.config.pad_token_id, pixel_values, gene_ids, pixel_mask, channel_mask
+        )
         maskable = channel_mask[:, :, None, None] & pixel_mask[:, None]
         if bool_masked_entries is not None:
             mask = bool_masked_entries.bool() & maskable
@@ -481,34 +435,6 @@ class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
         features = self.decoder(last_hidden_state, pixel_mask, positions)  # (B, S*S, D)
         genes = self.get_input_embeddings()(gene_ids).to(features.dtype)  # (B, C, D)
         return (genes @ features.transpose(1, 2)).unflatten(-1, tuple(pixel_mask.shape[1:]))
-
-
-def default_masks(
-    config: STImageMAEConfig,
-    pixel_values: torch.Tensor,
-    gene_ids: torch.Tensor,
-    pixel_mask: torch.Tensor | None,
-    channel_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`pixel_mask` bool (B, S, S) and `channel_mask` bool (B, C), all sites and all but padding where not given."""
-    if pixel_values.ndim != 4 or gene_ids.shape != pixel_values.shape[:2]:
-        raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)} and gene_ids {tuple(gene_ids.shape)}: expected "
-            "(B, C, S, S) and (B, C)."
-        )
-    if pixel_mask is None:
-        pixel_mask = torch.ones(pixel_values.shape[:1] + pixel_values.shape[2:], device=pixel_values.device)
-    if channel_mask is None:
-        channel_mask = gene_ids != config.pad_token_id
-    return pixel_mask.bool(), channel_mask.bool()
-
-
-def masked_mean_squared_error(reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over windows of each window's mean squared error over its masked entries, in float32."""
-    squared = (reconstruction.float() - target.float()).square() * mask
-    masked = mask.flatten(1).sum(-1)  # (B,)
-    per_window = squared.flatten(1).sum(-1) / masked.clamp(min=1)
-    return per_window.sum() / (masked > 0).sum().clamp(min=1)
 
 
 STImageMAEConfig.register_for_auto_class()

@@ -31,12 +31,25 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def check_figure_path(path: str | os.PathLike) -> None:
+    """Raise before the work where a figure could not be saved afterwards: no Matplotlib, or no image's file name."""
+    supported = sorted(new_figure(1, 1).canvas.get_supported_filetypes())
+    suffix = Path(path).suffix.lower().lstrip(".")
+    if suffix not in supported:
+        raise ValueError(
+            f"{Path(path).name} is no image file name: expected one that ends in .{', .'.join(supported)}."
+        )
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write a figure under a temporary name, then rename it."""
     path = Path(path)
     temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}{path.suffix}")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, dpi=150)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def grid_positions(adata: AnnData) -> tuple[np.ndarray, float]:

@@ -60,8 +60,8 @@ def _mix_word(x: int) -> int:
 
 def stream_key(seed: int, window: int, stream: int) -> int:
     """The int64 that starts the noise of one window."""
-    key = _mix_word((seed + _GOLDEN) & _WORD)
-    key = _mix_word((key + window * _GOLDEN) & _WORD)
+    key = _mix_word((int(seed) + _GOLDEN) & _WORD)
+    key = _mix_word((key + int(window) * _GOLDEN) & _WORD)
     return _signed(_mix_word((key + stream * _GOLDEN) & _WORD))
 
 

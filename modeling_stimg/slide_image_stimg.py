@@ -46,7 +46,7 @@ class SlideImage:
         obs_index: int64 (num_spots,), the source row of every spot.
         spot_of_obs: int64 (n_obs,), the spot of every source row. Source rows that share an array position share a
             spot.
-        num_source_genes: columns of the source, known to the vocabulary or not.
+        num_source_genes, num_matched_genes: columns of the source, and those that the vocabulary knows.
         name: what messages call the slide.
     """
 
@@ -108,6 +108,11 @@ class SlideImage:
             needed = min(min_observed * window_size**2, counts.max() / 2)
             self._corners[key] = np.argwhere(counts >= max(needed, 1)).astype(np.int64)
         return self._corners[key]
+
+    @property
+    def gene_match(self) -> str:
+        """How many of the source's genes the vocabulary knows, in words."""
+        return f"matched {self.num_matched_genes:,} of {self.num_source_genes:,} genes"
 
     def entries(self, spots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The non-zeros of some spots.

@@ -49,8 +49,9 @@ def read_slide(source: str | os.PathLike | AnnData) -> AnnData:
       `10x13` (X x Y, also after an underscore: column = X, row = Y);
     - a Space Ranger output folder: `outs/` or its parent, with `filtered_feature_bc_matrix.h5` (or the folder
       `filtered_feature_bc_matrix/`) and `spatial/`. Named as scanpy names it: symbols made unique as `var_names`,
-      `var["gene_ids"]`, `var["feature_types"]`, `obs["in_tissue"]`, images and scale factors in
-      `uns["spatial"][library_id]`. Features that are not "Gene Expression" are left out, with a warning;
+      `var["gene_ids"]`, `var["gene_name"]` (symbols as they are), `var["feature_types"]`, `obs["in_tissue"]`, images
+      and scale factors in `uns["spatial"][library_id]`. Features that are not "Gene Expression" are left out, with a
+      warning;
     - a legacy ST count table (`.tsv`, `.txt`, also `.gz`): spots named `XxY` as rows and genes as columns, or the other
       way round. A table `<stem>.spots.tsv` beside it (x, y, pixel_x, pixel_y) gives the pixel positions.
 
@@ -235,7 +236,7 @@ def _read_space_ranger(outs: Path) -> AnnData:
         kinds = ", ".join(sorted(set(adata.var["feature_types"][~is_gene])))
         warnings.warn(f"{outs}: left out {np.sum(~is_gene)} features that are no genes ({kinds})", stacklevel=4)
         adata = adata[:, is_gene].copy()
-    adata.var_names = make_index_unique(pd.Index(adata.var.pop("symbols")).rename(None))
+    adata.var_names = make_index_unique(pd.Index(adata.var["gene_name"]).rename(None))
 
     positions = _positions_of(adata.obs_names, outs / "spatial")
     for column in ("in_tissue", "array_row", "array_col"):
@@ -274,7 +275,7 @@ def _read_10x_mtx(folder: Path) -> AnnData:
 
 def _10x_slide(counts: sp.csr_matrix, barcodes: np.ndarray, features: list[np.ndarray]) -> AnnData:
     """`features`: ids, symbols, types. The genes are named by their ids for now, because symbols repeat."""
-    var = dict(zip(("gene_ids", "symbols", "feature_types"), features, strict=True))
+    var = dict(zip(("gene_ids", "gene_name", "feature_types"), features, strict=True))
     return AnnData(counts, obs=pd.DataFrame(index=barcodes), var=pd.DataFrame(var, index=features[0]))
 
 

@@ -75,6 +75,29 @@ def test_inspect_tells_what_a_slide_holds(slide: Path, checkpoint: Path, slides:
             "readout is 'all'",
         ),
         (["embed", "{slide}", "--model", "{model}", "--output", "{out}/x.h5ad", "--batch-size", "0"], "batch-size"),
+        (
+            ["embed", "{slide}", "--model", "{model}", "--output", "{out}/x.h5ad", "--device", "cuda:99"],
+            "cannot be used",
+        ),
+        (
+            ["embed", "{slide}", "--model", "{model}", "--output", "{out}/x.h5ad", "--plot", "{out}/map"],
+            "no image file",
+        ),
+        (
+            [
+                "embed",
+                "{slide}",
+                "--model",
+                "{model}",
+                "--output",
+                "{out}/x.h5ad",
+                "--plot",
+                "{out}/m.png",
+                "--num-domains",
+                "9999",
+            ],
+            "--num-domains is 9999",
+        ),
         (["inspect", "missing.h5ad"], "missing.h5ad"),
     ],
 )

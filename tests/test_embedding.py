@@ -1,7 +1,5 @@
 """embed_slide and what stands behind it: every spot, in order, the same bits, and readouts that mean what they say."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_stimg import SlideImage, STImageMAEForPreTraining, STPatchProcessor, embed_slide
+from modeling_stimg import GeneVocabulary, SlideImage, STImageMAEForPreTraining, STPatchProcessor, embed_slide
 from modeling_stimg.embedding_stimg import neighbourhood_mean
 from modeling_stimg.sampling_stimg import covering_corners
 
@@ -151,10 +149,23 @@ def test_slide_of_one_spot_is_embedded(slides: dict[str, AnnData], processor, mo
     assert np.isfinite(adata.obsm["X_stimg"]).all()
 
 
-def test_number_of_matched_genes_is_told(slides, processor, model, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO, logger="stimg"):
-        embed_slide(slides["square"].copy(), model, processor, progress=False)
-    assert "matched 120 of 120 genes" in caplog.text
+def test_number_of_matched_genes_is_told_unless_silenced(slides, processor, model, capsys: pytest.CaptureFixture):
+    embed_slide(slides["square"].copy(), model, processor)
+    assert "matched 120 of 120 genes" in capsys.readouterr().err
+    embed_slide(slides["square"].copy(), model, processor, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_processor_of_another_model_is_refused(images, processor, model: STImageMAEForPreTraining):
+    other = STPatchProcessor(GeneVocabulary(processor.vocabulary.gene_ids[:90]), window_size=6)
+    with pytest.raises(ValueError, match="belong to different models"):
+        model.embed(images["square"], other)
+
+
+def test_unusable_device_gets_one_clear_sentence(images, processor, model: STImageMAEForPreTraining):
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises(ValueError, match="cannot be used here"):
+            model.embed(images["square"], processor, device=device)
 
 
 @pytest.mark.parametrize(

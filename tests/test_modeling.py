@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_stimg import STImageMAEConfig, STImageMAEForPreTraining
-from modeling_stimg.modeling_stimg import draw_mask, sine_cosine_positions
+from modeling_stimg.masking_stimg import draw_mask
+from modeling_stimg.modeling_stimg import sine_cosine_positions
 
 
 @pytest.fixture
@@ -43,6 +44,9 @@ def test_entry_masks_hold_the_lowest_noise_and_an_exact_count(seed: int, ratio: 
         assert int(mask[b].sum()) == round(ratio * n)
         if 0 < mask[b].sum() < n:
             assert noise[b][mask[b]].max() <= noise[b][maskable[b] & ~mask[b]].min()
+        # Equal noises go by position, and a window's mask does not depend on its batch.
+        order = torch.argsort(noise[b][maskable[b]], stable=True)[: round(ratio * n)]
+        assert set(mask[b][maskable[b]].nonzero().flatten().tolist()) == set(order.tolist())
 
 
 @given(st.integers(0, 2**31), st.floats(0, 1))
@@ -174,17 +178,22 @@ def test_masks_default_to_all_sites_and_all_but_padding(model: STImageMAEForPreT
     assert torch.equal(model.stimg(**explicit).last_hidden_state, model.stimg(**implicit).last_hidden_state)
 
 
-def test_token_scale_does_not_depend_on_the_number_of_genes(model: STImageMAEForPreTraining, batch):
-    """Half of the channels with the same content twice: the sum halves, the share halves, the token stays."""
-    half = {**batch, "gene_ids": batch["gene_ids"][:2, :16], "channel_mask": batch["channel_mask"][:2, :16]}
-    half |= {k: batch[k][:2] for k in ("pixel_mask", "coordinates")}
-    half["pixel_values"] = batch["pixel_values"][:2, :16]
-    twice = {
-        k: torch.cat([v, v], 1) if k in ("pixel_values", "gene_ids", "channel_mask") else v for k, v in half.items()
-    }
-    torch.testing.assert_close(
-        model.stimg(**half).last_hidden_state, model.stimg(**twice).last_hidden_state, atol=2e-5, rtol=1e-4
-    )
+def test_token_scale_does_not_depend_on_the_number_of_visible_genes(model: STImageMAEForPreTraining):
+    """Before layer normalisation, which would hide it: 64 genes of one kind, all, half or an eighth of them visible."""
+    embeddings = model.stimg.embeddings
+    embeddings.layernorm = torch.nn.Identity()
+    values, ids = torch.ones(1, 64, 2, 2), torch.full((1, 64), 5)
+    positions = torch.zeros(1, 4, 2)
+    code = sine_cosine_positions(positions, embeddings.gene_embeddings.embedding_dim)
+    every = embeddings(values, ids, torch.ones(1, 64, dtype=torch.bool), positions, None) - code
+    torch.testing.assert_close(every[0, 0], 64 * embeddings.gene_embeddings.weight[5])
+    for visible in (32, 8):
+        channels = (torch.arange(64) < visible)[None]
+        masked = (torch.arange(64) >= visible)[None, :, None, None].expand(1, 64, 2, 2)
+        by_padding = embeddings(values, ids, channels, positions, None) - code
+        by_mask = embeddings(values, ids, torch.ones_like(channels), positions, masked) - code
+        torch.testing.assert_close(by_padding, every)
+        torch.testing.assert_close(by_mask, every)
 
 
 def test_any_window_size_and_number_of_channels_work(model: STImageMAEForPreTraining):

@@ -12,7 +12,7 @@ import torch
 from anndata import AnnData
 from safetensors.torch import load_file
 
-from data_processing.corpus import find_slides, load_records
+from data_processing.corpus import find_slides, load_pretraining
 from modeling_stimg import STImageMAEForPreTraining, STImageMAEModel, STPatchProcessor
 from train.arguments import parse_arguments
 from train.run_pretrain import start_gene_embeddings
@@ -90,11 +90,15 @@ def test_training_lowers_the_loss_and_writes_a_model_that_embeds(trained: Path, 
 
 
 def test_model_says_which_slides_it_saw(trained: Path, slides: dict[str, AnnData]):
-    records = load_records(trained)
+    records, arguments = load_pretraining(trained)
+    assert arguments["max_steps"] == 8
+    assert arguments["num_windows"] == 32
+    assert "output_dir" not in arguments
+    assert "slides" not in arguments
     assert {r.name: (r.patient, r.num_spots) for r in records} == {
         name: (adata.uns["meta"]["patient"], adata.n_obs) for name, adata in slides.items()
     }
-    assert load_records(trained / "untrained") == []
+    assert load_pretraining(trained / "untrained") == ([], arguments)
 
 
 def test_same_arguments_same_weights(trained: Path, config_file: Path):
@@ -123,7 +127,7 @@ def test_command_line_wins_over_the_file_and_the_start_is_kept(trained: Path, co
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert len(losses(other)) == 2
-    assert [r.name for r in load_records(other)] == ["staggered"]
+    assert [r.name for r in load_pretraining(other)[0]] == ["staggered"]
     start, random = (load_file(f / "untrained" / "model.safetensors") for f in (trained, other))
     table = "stimg.embeddings.gene_embeddings.weight"
     assert not torch.allclose(start[table], random[table])
@@ -139,6 +143,7 @@ def test_command_line_wins_over_the_file_and_the_start_is_kept(trained: Path, co
         (["--slides", "nowhere/*.h5ad"], "No slide matches 'nowhere/*.h5ad'"),
         (["--exclude", "squares"], "Excluded slides ['squares'] are not among"),
         (["--mask_unit", "gene"], "mask_unit is 'gene'"),
+        (["--embedding_defaults", '{"strid": 4}'], "Unknown embedding options ['strid']"),
         (["--no_such_field", "1"], "no_such_field"),
     ],
 )
@@ -151,6 +156,20 @@ def test_bad_arguments_end_in_one_sentence_and_write_nothing(config_file: Path, 
     assert not output.exists()
 
 
+def test_finished_model_is_not_overwritten(trained: Path, config_file: Path):
+    before = (trained / "model.safetensors").read_bytes()
+    run = pretrain(config_file, "--output_dir", str(trained), "--seed", "5")
+    assert run.returncode != 0
+    assert "holds a trained model already" in run.stderr.splitlines()[-1]
+    assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_single_slide_in_a_config_may_stand_without_brackets(tmp_path: Path):
+    (tmp_path / "one.yaml").write_text("slides: data/*.h5ad\n")
+    corpus, _, _ = parse_arguments(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "out")])
+    assert corpus.slides == ["data/*.h5ad"]
+
+
 def test_unknown_field_in_a_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "bad.yaml").write_text("max_stepps: 3\n")
     with pytest.raises(SystemExit):
@@ -161,7 +180,7 @@ def test_unknown_field_in_a_config_is_named(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_parses(path: Path, tmp_path: Path):
     corpus, model, training = parse_arguments(["--config", str(path), "--output_dir", str(tmp_path / "out")])
-    assert corpus.slides
+    assert corpus.slides or path.stem == "laptop", "only the config for other people's slides names none"
     assert model.window_size > 0
     assert training.max_steps > 0 or training.num_train_epochs > 0
 

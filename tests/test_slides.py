@@ -468,7 +468,7 @@ def test_space_ranger_conventions(tmp_path):
         result = read_slide(tmp_path)  # the parent of outs/
     assert list(result.var_names) == ["ACTB", "MATR3", "TP53", "MATR3-1", "KRT8", "NA"]
     assert result.var_names.name is None
-    assert list(result.var.columns) == ["gene_ids", "feature_types"]
+    assert list(result.var.columns) == ["gene_ids", "gene_name", "feature_types"]
     assert list(result.obs.columns) == ["in_tissue", "array_row", "array_col"]
     assert set(result.obs["in_tissue"]) == {1}
     assert result.obsm["spatial"].dtype == np.float64

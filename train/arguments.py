@@ -134,12 +134,14 @@ def parse_arguments(
 def _read_config(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
     if not path.is_file():
         parser.error(f"--config {path}: no such file; the configs of this project are in train/configs/.")
-    fields = {f.name for t in parser.dataclass_types for f in dataclasses.fields(t) if f.init}
+    types = {f.name: f.type for t in parser.dataclass_types for f in dataclasses.fields(t) if f.init}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         parser.error(f"--config {path}: no valid YAML ({' '.join(str(error).split())}).")
-    unknown = sorted(set(content) - fields)
+    if not isinstance(content, dict):
+        parser.error(f"--config {path}: holds a {type(content).__name__}, expected fields and their values.")
+    unknown = sorted(set(content) - set(types))
     if unknown:
         parser.error(f"--config {path}: unknown fields {unknown}; see --help for those that exist.")
-    return content
+    return {k: [v] if types[k] == list[str] and isinstance(v, str) else v for k, v in content.items()}

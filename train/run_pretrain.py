@@ -2,24 +2,28 @@
 
     accelerate launch train/run_pretrain.py --config train/configs/demo.yaml [--field value ...]
 
-Writes the model, its processor and code, `corpus.json` (the slides it saw), the loss curve, and under `untrained/` the
-model at step 0, against which an evaluation measures what training added.
+Writes the model, its processor and code, `pretraining.json` (the slides it saw), the loss curve, and under `untrained/`
+the model at step 0, against which an evaluation measures what training added.
 """
 
 import math
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Trainer, set_seed
 from transformers.utils import logging
 
-from data_processing.corpus import find_slides, read_slides, save_records, slide_images, vocabulary_of
+from data_processing.corpus import find_slides, read_slides, save_pretraining, slide_images, vocabulary_of
 from data_processing.gene_statistics import gene_moments, leading_gene_vectors
 from data_processing.window_dataset import WindowDataset, windows_per_epoch
 from modeling_stimg import SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
+from modeling_stimg.embedding_stimg import embedding_options
 from modeling_stimg.plotting import plot_loss
 from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments, parse_arguments
 
@@ -73,9 +77,10 @@ def start_gene_embeddings(model: STImageMAEForPreTraining, vectors: np.ndarray) 
 
 def plan_steps(
     images: list[SlideImage], corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments
-):
+) -> int:
     """Windows of the whole training; sets `training.max_steps`, so that every window is drawn once."""
-    windows_a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    # `train_batch_size` is the batch of a process, over all its devices.
+    windows_a_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     if training.max_steps <= 0:
         windows = training.num_train_epochs * windows_per_epoch(images, model.window_size, corpus.coverage)
         training.max_steps = max(1, math.ceil(windows / windows_a_step))
@@ -84,20 +89,46 @@ def plan_steps(
 
 def use_cpu_threads(training: PretrainingArguments) -> None:
     """Let a CPU run use all cores: `accelerate launch` would leave each process a single thread."""
-    if training.device.type == "cpu":
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(training.num_cpu_threads or max(1, (os.cpu_count() or 1) // local_processes))
+    if training.device.type != "cpu":
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(training.num_cpu_threads or max(share, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+
+
+def told_arguments(
+    corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments, num_windows: int
+) -> dict[str, Any]:
+    """What a reader of the checkpoint should know of its training; no paths, which mean nothing elsewhere."""
+    paths = {"slides", "gene_table"}
+    told = ("max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16", "fp16")
+    return {
+        **{k: v for k, v in asdict(corpus).items() if k not in paths},
+        **asdict(model),
+        **{k: v for k, v in training.to_dict().items() if k in told},
+        "num_windows": num_windows,
+    }
+
+
+def check_arguments(corpus: CorpusArguments, training: PretrainingArguments) -> None:
+    """Stop before any work where there is nothing to learn from, or a finished model would be overwritten."""
+    if not corpus.slides:
+        raise ValueError("No slides were given: name them with --slides or in the config.")
+    if (Path(training.output_dir) / "model.safetensors").exists():
+        raise ValueError(
+            f"{training.output_dir} holds a trained model already: give another --output_dir, or move that one away."
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     corpus, model_arguments, training = parse_arguments(argv)
-    if not corpus.slides:
-        raise ValueError("No slides were given: name them with --slides or in the config.")
+    check_arguments(corpus, training)
     use_cpu_threads(training)
     slides = read_slides(find_slides(corpus.slides, corpus.exclude))
     processor = build_processor(slides, corpus, model_arguments)
-    images = slide_images(slides, processor)
+    images = slide_images(slides, processor, tell=training.process_index == 0)
     model = build_model(processor, images, model_arguments, training.seed)
+    embedding_options(model, processor)
     num_windows = plan_steps(images, corpus, model_arguments, training)
     output = Path(training.output_dir)
 
@@ -107,29 +138,34 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=WindowDataset(images, processor, num_windows, seed=training.seed),
         processing_class=processor,
     )
+    arguments = told_arguments(corpus, model_arguments, training, num_windows)
     if trainer.is_world_process_zero():
         parameters = sum(p.numel() for p in model.parameters())
         logger.warning(
             f"{len(images)} slides, {sum(i.num_spots for i in images):,} spots, {len(processor.vocabulary):,} genes; "
             f"{parameters:,} parameters; {training.max_steps:,} steps, {num_windows:,} windows."
         )
-        for folder in (output, output / "untrained"):
-            folder.mkdir(parents=True, exist_ok=True)
-            save_records({} if folder != output else slides, folder)
-        model.save_pretrained(output / "untrained")
-        processor.save_pretrained(output / "untrained")
+        start = output / "untrained"
+        start.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(start)
+        processor.save_pretrained(start)
+        save_pretraining(start, {}, arguments)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    # The Trainer leaves its arguments as a pickle, which has no place in a folder that others load a model from.
-    (output / "training_args.bin").unlink(missing_ok=True)
     if trainer.is_world_process_zero():
+        # Before the weights: a folder with a model always tells which slides it saw.
+        save_pretraining(output, slides, arguments)
         plot_loss(trainer.state.log_history, output / "loss.png")
+    trainer.save_state()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        # The Trainer leaves its arguments as a pickle, which has no place in a folder that others load a model from.
+        (output / "training_args.bin").unlink(missing_ok=True)
         logger.warning(f"The model is in {output}.")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, StrictDataclassError) as error:
+        # A config's own check is the cause of the error that names the config's class.
+        sys.exit(f"error: {error.__cause__ if isinstance(error, StrictDataclassError) else error}")

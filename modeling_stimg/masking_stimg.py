@@ -1,0 +1,98 @@
+# Copyright 2026 The stimg authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Masks: which entries a window hides, which sites and channels are there, and the error over what was hidden."""
+
+import torch
+
+
+def lowest(noise: torch.Tensor, candidates: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The `round(ratio * n)` lowest-noise of each row's n candidates; equal noises go by position.
+
+    Args:
+        noise: float (B, N). candidates: bool (B, N).
+
+    Returns:
+        bool (B, N).
+    """
+    counts = torch.round(candidates.sum(-1).double() * ratio).long()  # (B,), half to even as Python's round
+    largest = int(counts.max()) if counts.numel() else 0
+    if largest == 0:
+        return torch.zeros_like(candidates)
+    noise = noise.float().masked_fill(~candidates, torch.inf)
+    lowest_noise = noise.topk(largest, dim=-1, largest=False, sorted=True).values
+    cut = lowest_noise.gather(-1, (counts - 1).clamp(min=0)[:, None])  # (B, 1), the highest noise that is chosen
+    below, at_cut = noise < cut, noise == cut
+    # Which of several equal noises topk returns is its own affair: the first ones are chosen, whatever the batch.
+    missing = counts[:, None] - below.sum(-1, keepdim=True)
+    return (below | (at_cut & (at_cut.cumsum(-1) <= missing))) & (counts[:, None] > 0)
+
+
+def draw_mask(
+    noise: torch.Tensor, channel_mask: torch.Tensor, pixel_mask: torch.Tensor, mask_ratio: float, mask_unit: str
+) -> torch.Tensor:
+    """Which entries a window hides. Empty sites and padded channels are never among them.
+
+    Args:
+        noise: float (B, C, S, S) in [0, 1). channel_mask: bool (B, C). pixel_mask: bool (B, S, S).
+        mask_ratio: share of the maskable entries (or sites) that is hidden, rounded to a whole number.
+        mask_unit: `"entry"`, `"site"` (by channel 0's noise), or `"mixed"` (sites, then entries of the other sites).
+
+    Returns:
+        bool (B, C, S, S).
+    """
+    noise, observed = noise.flatten(2), pixel_mask.flatten(1)  # (B, C, S*S), (B, S*S)
+    maskable = channel_mask[:, :, None] & observed[:, None]
+    if mask_unit == "entry":
+        mask = lowest(noise.flatten(1), maskable.flatten(1), mask_ratio).view_as(maskable)
+    else:
+        sites = lowest(noise[:, 0], observed, mask_ratio)  # (B, S*S)
+        mask = sites[:, None] & maskable
+    if mask_unit == "mixed":
+        # The sites that are left have high noise in channel 0: spread it over [0, 1) again, so that this channel is
+        # masked as often as any other.
+        reach = noise[:, :1].masked_fill(~sites[:, None], 0.0).amax(-1, keepdim=True)
+        rest = torch.cat([(noise[:, :1] - reach) / (1 - reach), noise[:, 1:]], dim=1)
+        mask = mask | lowest(rest.flatten(1), (maskable & ~mask).flatten(1), mask_ratio).view_as(mask)
+    return mask.unflatten(-1, tuple(pixel_mask.shape[1:]))
+
+
+def default_masks(
+    pad_token_id: int,
+    pixel_values: torch.Tensor,
+    gene_ids: torch.Tensor,
+    pixel_mask: torch.Tensor | None,
+    channel_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pixel_mask` bool (B, S, S) and `channel_mask` bool (B, C), all sites and all but padding where not given."""
+    if pixel_values.ndim != 4 or gene_ids.shape != pixel_values.shape[:2]:
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)} and gene_ids {tuple(gene_ids.shape)}: expected "
+            "(B, C, S, S) and (B, C)."
+        )
+    if pixel_mask is None:
+        pixel_mask = torch.ones(pixel_values.shape[:1] + pixel_values.shape[2:], device=pixel_values.device)
+    if channel_mask is None:
+        channel_mask = gene_ids != pad_token_id
+    return pixel_mask.bool(), channel_mask.bool()
+
+
+def masked_mean_squared_error(reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over windows of each window's mean squared error over its masked entries, in float32."""
+    squared = (reconstruction.float() - target.float()).square() * mask
+    masked = mask.flatten(1).sum(-1)  # (B,)
+    per_window = squared.flatten(1).sum(-1) / masked.clamp(min=1)
+    return per_window.sum() / (masked > 0).sum().clamp(min=1)
+
+
+__all__ = ["default_masks", "draw_mask", "lowest", "masked_mean_squared_error"]
