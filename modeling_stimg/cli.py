@@ -84,13 +84,14 @@ def embed(
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"The folder of {path} does not exist: make it first.")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else str(usable_device(device))
+    processor, network = _load_processor(model, revision), _load_model(model, revision)
     adata = read_slide(slide)
     if plot is not None and num_domains > adata.n_obs:
         raise ValueError(f"--num-domains is {num_domains}, but the slide has {adata.n_obs} spots.")
     embed_slide(
         adata,
-        _load_model(model, revision),
-        _load_processor(model, revision),
+        network,
+        processor,
         stride=stride,
         gene_selection=gene_selection,
         num_gene_draws=num_gene_draws,
