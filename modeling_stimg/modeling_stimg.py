@@ -35,6 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_stimg import STImageMAEConfig
 from .embedding_stimg import embed_image
 from .masking_stimg import default_masks, draw_mask, masked_mean_squared_error
+from .positions_stimg import sine_cosine_positions, site_positions
 
 AUTO_MAP = {
     "AutoConfig": "configuration_stimg.STImageMAEConfig",
@@ -64,36 +65,6 @@ class STImageMAEForPreTrainingOutput(ModelOutput):
 
 
 # ---------------------------------------------------------------------------- layers
-
-
-def sine_cosine_positions(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """Fixed 2-D position code: [sin row | cos row | sin col | cos col].
-
-    Args:
-        positions: float (..., 2), row and column. width: a multiple of 4.
-
-    Returns:
-        float32 (..., width).
-    """
-    frequencies = 10000.0 ** -(torch.arange(width // 4, device=positions.device, dtype=torch.float32) / (width // 4))
-    angles = positions.float()[..., None] * frequencies  # (..., 2, width / 4)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-
-
-def site_positions(
-    config: STImageMAEConfig, pixel_mask: torch.Tensor, coordinates: torch.Tensor | None
-) -> torch.Tensor:
-    """Row and column of every site as the config wants them: float (1 or B, S*S, 2)."""
-    if config.position_embedding_type == "slide":
-        if coordinates is None:
-            raise ValueError(
-                'position_embedding_type is "slide": pass coordinates (B, S, S, 2), as the processor does.'
-            )
-        return coordinates.flatten(1, 2)
-    height, width = pixel_mask.shape[1:]
-    rows = torch.arange(height, device=pixel_mask.device, dtype=torch.float32)
-    cols = torch.arange(width, device=pixel_mask.device, dtype=torch.float32)
-    return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1).flatten(0, 1)[None]
 
 
 class STImageMAEEmbeddings(nn.Module):
@@ -337,7 +308,7 @@ class STImageMAEModel(STImageMAEPreTrainedModel):
         pixel_mask, channel_mask = default_masks(
             self.config.pad_token_id, pixel_values, gene_ids, pixel_mask, channel_mask
         )
-        positions = site_positions(self.config, pixel_mask, coordinates)
+        positions = site_positions(self.config.position_embedding_type, pixel_mask, coordinates)
         hidden_states = self.embeddings(pixel_values, gene_ids, channel_mask, positions, bool_masked_entries)
         attention_mask = site_attention_mask(self.config, hidden_states, pixel_mask)
         for layer in self.layers:
@@ -431,7 +402,7 @@ class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
         Returns:
             float (B, C, S, S).
         """
-        positions = site_positions(self.config, pixel_mask, coordinates)
+        positions = site_positions(self.config.position_embedding_type, pixel_mask, coordinates)
         features = self.decoder(last_hidden_state, pixel_mask, positions)  # (B, S*S, D)
         genes = self.get_input_embeddings()(gene_ids).to(features.dtype)  # (B, C, D)
         return (genes @ features.transpose(1, 2)).unflatten(-1, tuple(pixel_mask.shape[1:]))

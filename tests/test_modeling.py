@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from modeling_stimg import STImageMAEConfig, STImageMAEForPreTraining
 from modeling_stimg.masking_stimg import draw_mask
-from modeling_stimg.modeling_stimg import sine_cosine_positions
+from modeling_stimg.positions_stimg import sine_cosine_positions
 
 
 @pytest.fixture
