@@ -34,6 +34,7 @@ from eval.probes import PROBES, score
 from eval.report import plot_ari, run_metadata, write_report
 from eval.splits import encode_labels, slide_labels, spot_splits
 from modeling_stimg import SlideImage, STImageMAEModel, STPatchProcessor
+from modeling_stimg.embedding_stimg import neighbourhood_mean
 from modeling_stimg.plotting import plot_maps
 
 TRAINED = "stimg"
@@ -90,17 +91,12 @@ def all_features(
     spots = image.spot_of_obs
     features = baseline_features(adata.X, image.rows[spots], image.cols[spots], arguments.seed)
     for name, encoder in encoders.items():
+        embedding = encoder.embed(
+            image, processor, readout=arguments.readout, smoothing=0, device=arguments.device, seed=arguments.seed
+        )
         for radius in arguments.smoothings:
             row = name if radius == 0 else f"{name}, {2 * radius + 1}x{2 * radius + 1} mean"
-            embedding = encoder.embed(
-                image,
-                processor,
-                readout=arguments.readout,
-                smoothing=radius,
-                device=arguments.device,
-                seed=arguments.seed,
-            )
-            features[row] = embedding[spots]
+            features[row] = neighbourhood_mean(image, embedding, radius).astype(np.float32)[spots]
     return features
 
 

@@ -20,14 +20,11 @@ from typing import Any
 import numpy as np
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import logging
 
 from .compaction_stimg import COMPACTIONS
 from .genes_stimg import GeneVocabulary
 from .sampling_stimg import GENE_SELECTIONS, Window, draw_corner, make_window
 from .slide_image_stimg import SlideImage, slide_image_from_adata
-
-logger = logging.get_logger(__name__)
 
 NORMALIZATIONS = ("log1p", "standardized")
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

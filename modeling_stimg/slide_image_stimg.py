@@ -19,12 +19,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
 from .compaction_stimg import compact
 from .genes_stimg import GeneVocabulary
-
-logger = logging.get_logger(__name__)
 
 ON_DUPLICATE = ("error", "first")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from anndata import AnnData
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Trainer, set_seed
 from transformers.utils import logging
@@ -30,8 +31,13 @@ from train.arguments import CorpusArguments, ModelArguments, PretrainingArgument
 logger = logging.get_logger("stimg")
 
 
-def build_processor(slides: dict, corpus: CorpusArguments, model: ModelArguments) -> STPatchProcessor:
-    """The processor over the slides' genes; with "standardized" input, means and deviations come from the slides."""
+def build_processor(
+    slides: dict[str, AnnData], corpus: CorpusArguments, model: ModelArguments, tell: bool
+) -> tuple[STPatchProcessor, list[SlideImage]]:
+    """The processor over the slides' genes, with their means and deviations, and the slides as it sees them.
+
+    Images do not depend on `normalization`, which applies to windows: one pass serves statistics and training.
+    """
     vocabulary = vocabulary_of(slides, corpus.gene_table)
     options = {
         "window_size": model.window_size,
@@ -42,9 +48,9 @@ def build_processor(slides: dict, corpus: CorpusArguments, model: ModelArguments
         "min_observed": corpus.min_observed,
     }
     processor = STPatchProcessor(vocabulary, **options)
-    images = slide_images(slides, processor)
+    images = slide_images(slides, processor, tell=tell)
     vocabulary = vocabulary.with_statistics(*gene_moments(images))
-    return STPatchProcessor(vocabulary, normalization=corpus.normalization, **options)
+    return STPatchProcessor(vocabulary, normalization=corpus.normalization, **options), images
 
 
 def build_model(
@@ -125,8 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(corpus, training)
     use_cpu_threads(training)
     slides = read_slides(find_slides(corpus.slides, corpus.exclude))
-    processor = build_processor(slides, corpus, model_arguments)
-    images = slide_images(slides, processor, tell=training.process_index == 0)
+    processor, images = build_processor(slides, corpus, model_arguments, tell=training.process_index == 0)
     model = build_model(processor, images, model_arguments, training.seed)
     embedding_options(model, processor)
     num_windows = plan_steps(images, corpus, model_arguments, training)
