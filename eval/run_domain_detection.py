@@ -34,7 +34,6 @@ from eval.probes import PROBES, score
 from eval.report import plot_ari, run_metadata, write_report
 from eval.splits import encode_labels, slide_labels, spot_splits
 from modeling_stimg import SlideImage, STImageMAEModel, STPatchProcessor
-from modeling_stimg.embedding_stimg import neighbourhood_mean
 from modeling_stimg.plotting import plot_maps
 
 TRAINED = "stimg"
@@ -91,12 +90,17 @@ def all_features(
     spots = image.spot_of_obs
     features = baseline_features(adata.X, image.rows[spots], image.cols[spots], arguments.seed)
     for name, encoder in encoders.items():
-        embedding = encoder.embed(
-            image, processor, readout=arguments.readout, smoothing=0, device=arguments.device, seed=arguments.seed
-        )
         for radius in arguments.smoothings:
             row = name if radius == 0 else f"{name}, {2 * radius + 1}x{2 * radius + 1} mean"
-            features[row] = neighbourhood_mean(image, embedding, radius).astype(np.float32)[spots]
+            embedding = encoder.embed(
+                image,
+                processor,
+                readout=arguments.readout,
+                smoothing=radius,
+                device=arguments.device,
+                seed=arguments.seed,
+            )
+            features[row] = embedding[spots]
     return features
 
 
