@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from modeling_stimg import SlideImage, STPatchProcessor
-from modeling_stimg.sampling_stimg import mask_noise, window_uniforms
+from modeling_stimg.noise_stimg import mask_noise, window_uniforms
 
 
 def windows_per_epoch(images: Sequence[SlideImage], window_size: int, coverage: float = 2.0) -> int:

@@ -15,7 +15,9 @@
 
 import numpy as np
 
-COMPACTIONS = ("lattice", "rank")
+COMPACTIONS = ("lattice", "rank", "minmax")
+# Highest grid index of `"minmax"`.
+MINMAX_RANGE = 139
 
 
 def compact(array_row: np.ndarray, array_col: np.ndarray, compaction: str) -> tuple[np.ndarray, np.ndarray]:
@@ -28,10 +30,13 @@ def compact(array_row: np.ndarray, array_col: np.ndarray, compaction: str) -> tu
         array_row, array_col: int (num_spots,), positions on the capture array, any offset.
         compaction: `"lattice"` first closes the gaps of a staggered array, where every second site of a row is
             empty by construction: odd rows are shifted half a site and `array_col // 2` is the column (odd-r offset
-            coordinates). `"rank"` is Eq. 5 literally: on a staggered array half of the grid stays empty.
+            coordinates). `"rank"` is Eq. 5 literally: on a staggered array half of the grid stays empty. `"minmax"`
+            does not rank: each axis is stretched from its lowest to its highest index over the integers 0 to 139, or
+            to as many as the axis spans where that is more, so that no two levels meet. Neighbours move apart.
 
     Returns:
-        rows, cols: int64 (num_spots,), each from 0 to the number of levels of its axis less one.
+        rows, cols: int64 (num_spots,), from 0; with `"lattice"` and `"rank"` to the number of levels of the axis less
+        one, without gaps.
 
     Raises:
         ValueError: unknown `compaction`, or arrays that are no integers of one length.
@@ -49,6 +54,9 @@ def compact(array_row: np.ndarray, array_col: np.ndarray, compaction: str) -> tu
             )
     if compaction not in COMPACTIONS:
         raise ValueError(f"compaction is {compaction!r}: expected one of {COMPACTIONS}.")
+    array_row, array_col = array_row.astype(np.int64), array_col.astype(np.int64)  # unsigned differences would wrap
+    if compaction == "minmax":
+        return _stretch(array_row), _stretch(array_col)
     if compaction == "lattice" and is_staggered(array_row, array_col):
         array_col = array_col // 2
     return _rank(array_row), _rank(array_col)
@@ -62,6 +70,14 @@ def is_staggered(array_row: np.ndarray, array_col: np.ndarray) -> bool:
 
 def _rank(levels: np.ndarray) -> np.ndarray:
     return np.unique(levels, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def _stretch(levels: np.ndarray) -> np.ndarray:
+    """Min-max scaling to 0 … MINMAX_RANGE, halves rounded up; in integers, where steps of at least 1 never merge."""
+    span = int(np.ptp(levels)) if levels.size else 0
+    if span == 0:
+        return np.zeros_like(levels)
+    return (2 * (levels - levels.min()) * max(MINMAX_RANGE, span) + span) // (2 * span)
 
 
 __all__ = ["COMPACTIONS", "compact", "is_staggered"]

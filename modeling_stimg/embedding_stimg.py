@@ -166,9 +166,11 @@ def _readout_means(
             seed=seed,
             first_window=start,
             gene_selection=options["gene_selection"],
+            # Windows are drawn with float64, which not every accelerator has.
+            device=device if device.type == "cuda" else "cpu",
             return_tensors="pt",
         )
-        spots = batch.pop("spot_index").flatten(1).numpy()  # (B, S*S)
+        spots = batch.pop("spot_index").flatten(1).cpu().numpy()  # (B, S*S)
         inputs = {k: v.to(device) for k, v in batch.items()}
         for readout in readouts:
             hidden = _read(encoder, inputs, batch_corners, readout).cpu().double().numpy()

@@ -32,6 +32,8 @@ logger = logging.get_logger(__name__)
 GENES_FILE = "genes.json"
 GENES_FORMAT = 1
 PAD_NAME = "[PAD]"
+# What a corpus tells of every gene, one value each.
+STATISTICS = ("mean", "deviation", "share")
 MIN_MATCHED_GENES = 50
 MIN_MATCHED_SHARE = 0.05
 # Columns of `adata.var` in which readers and archives keep the names that are not the index.
@@ -130,6 +132,7 @@ class GeneVocabulary:
         aliases: further name -> identity.
         ambiguous: symbols that must not resolve through `gene_names`.
         mean, deviation: float (len,) corpus mean and floored standard deviation of a gene's log1p values.
+        share: float (len,) share of a spot's counts that the corpus expects in each gene, were all of them measured.
 
     Raises:
         ValueError: no genes, repeated identities, or lengths that disagree.
@@ -143,6 +146,7 @@ class GeneVocabulary:
         ambiguous: Iterable[str] = (),
         mean: np.ndarray | None = None,
         deviation: np.ndarray | None = None,
+        share: np.ndarray | None = None,
     ):
         self.gene_ids = [str(g) for g in gene_ids]
         self.gene_names = list(self.gene_ids) if gene_names is None else [str(n) for n in gene_names]
@@ -157,6 +161,7 @@ class GeneVocabulary:
             raise ValueError(f"{len(repeated)} gene ids occur twice, e.g. {repeated[0]!r}: every gene is listed once.")
         self.mean = self._statistic("mean", mean)
         self.deviation = self._statistic("deviation", deviation)
+        self.share = self._statistic("share", share)
         self._lookup = self._build_lookup()
 
     def _statistic(self, name: str, values: np.ndarray | None) -> np.ndarray | None:
@@ -253,9 +258,13 @@ class GeneVocabulary:
             )
         return vocabulary
 
-    def with_statistics(self, mean: np.ndarray, deviation: np.ndarray) -> "GeneVocabulary":
-        """The same genes with corpus `mean` and `deviation` (float (len,)) of their log1p values."""
-        return GeneVocabulary(self.gene_ids, self.gene_names, self.aliases, self.ambiguous, mean, deviation)
+    def with_statistics(
+        self, mean: np.ndarray | None = None, deviation: np.ndarray | None = None, share: np.ndarray | None = None
+    ) -> "GeneVocabulary":
+        """The same genes with the given corpus statistics, each float (len,); those not given stay as they are."""
+        given = {"mean": mean, "deviation": deviation, "share": share}
+        statistics = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        return GeneVocabulary(self.gene_ids, self.gene_names, self.aliases, self.ambiguous, **statistics)
 
     # ---------------------------------------------------------------- asking it
 
@@ -329,7 +338,7 @@ class GeneVocabulary:
             content["aliases"] = dict(sorted(self.aliases.items()))
         if self.ambiguous:
             content["ambiguous"] = self.ambiguous
-        for name in ("mean", "deviation"):
+        for name in STATISTICS:
             values = getattr(self, name)
             if values is not None:
                 # Nine significant digits give every float32 back exactly.
@@ -368,7 +377,7 @@ class GeneVocabulary:
             content = json.loads(raw)
             if content.get("format") != GENES_FORMAT:
                 raise ValueError(f"format {content.get('format')!r}, expected {GENES_FORMAT}")
-            keys = ("gene_ids", "gene_names", "aliases", "ambiguous", "mean", "deviation")
+            keys = ("gene_ids", "gene_names", "aliases", "ambiguous", *STATISTICS)
             return cls(**{k: content[k] for k in keys if k in content})
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
             raise ValueError(f"{GENES_FILE} holds no gene vocabulary ({error}): download the model again.") from error

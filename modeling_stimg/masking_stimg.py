@@ -13,6 +13,8 @@
 # limitations under the License.
 """Masks: which entries a window hides, which sites and channels are there, and the error over what was hidden."""
 
+from typing import Any
+
 import torch
 
 
@@ -32,10 +34,22 @@ def lowest(noise: torch.Tensor, candidates: torch.Tensor, ratio: float) -> torch
     noise = noise.float().masked_fill(~candidates, torch.inf)
     lowest_noise = noise.topk(largest, dim=-1, largest=False, sorted=True).values
     cut = lowest_noise.gather(-1, (counts - 1).clamp(min=0)[:, None])  # (B, 1), the highest noise that is chosen
-    below, at_cut = noise < cut, noise == cut
-    # Which of several equal noises topk returns is its own affair: the first ones are chosen, whatever the batch.
-    missing = counts[:, None] - below.sum(-1, keepdim=True)
-    return (below | (at_cut & (at_cut.cumsum(-1) <= missing))) & (counts[:, None] > 0)
+    return first_lowest(noise, cut, counts[:, None]) & (counts[:, None] > 0)
+
+
+def first_lowest(values: Any, cut: Any, count: Any) -> Any:
+    """Exactly `count` lowest values of each row; of several that equal the cut the first ones, on every device.
+
+    Args:
+        values: float (B, N), array or tensor. cut: float (B, 1), the row's `count`-th lowest value. count: int, or
+            int64 (B, 1).
+
+    Returns:
+        bool (B, N), array or tensor.
+    """
+    below, at_cut = values < cut, values == cut
+    missing = count - below.sum(-1)[:, None]
+    return below | (at_cut & (at_cut.cumsum(-1) <= missing))
 
 
 def draw_mask(
@@ -95,4 +109,4 @@ def masked_mean_squared_error(reconstruction: torch.Tensor, target: torch.Tensor
     return per_window.sum() / (masked > 0).sum().clamp(min=1)
 
 
-__all__ = ["default_masks", "draw_mask", "lowest", "masked_mean_squared_error"]
+__all__ = ["default_masks", "draw_mask", "first_lowest", "lowest", "masked_mean_squared_error"]

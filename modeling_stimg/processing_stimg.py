@@ -14,19 +14,47 @@
 """STPatchProcessor: slides and windows of slides as model input."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
 from .compaction_stimg import COMPACTIONS
 from .genes_stimg import GeneVocabulary
-from .sampling_stimg import GENE_SELECTIONS, Window, draw_corner, make_window
-from .slide_image_stimg import SlideImage, slide_image_from_adata
+from .sampling_stimg import GENE_SELECTIONS, draw_corners, make_windows
+from .slide_image_stimg import PANEL, SlideImage, slide_image_from_adata
 
-NORMALIZATIONS = ("log1p", "standardized")
+
+@dataclass(frozen=True)
+class Normalization:
+    """What becomes of log1p values on their way into the model.
+
+    Attributes:
+        apply: takes `pixel_values` float32 (B, C, S, S), which it may overwrite, and each of `statistics`, float32
+            (B, C, 1, 1), by name; returns float32 (B, C, S, S). Empty sites and padded channels are set to 0 after it.
+            None: the values as they are.
+        statistics: what it needs of every gene, attributes of the vocabulary.
+    """
+
+    apply: Callable[..., torch.Tensor] | None = None
+    statistics: tuple[str, ...] = ()
+
+
+def standardize(pixel_values: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """(value - mean) / deviation, by gene."""
+    return pixel_values.sub_(mean).div_(deviation)
+
+
+# A further one is a further entry.
+NORMALIZATIONS = {
+    "log1p": Normalization(),
+    "standardized": Normalization(standardize, ("mean", "deviation")),
+}
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -38,7 +66,7 @@ class STPatchProcessorKwargs(ImagesKwargs, total=False):
     compaction: str
     gene_selection: str
     normalization: str
-    target_sum: float
+    target_sum: float | str
     min_observed: float
 
 
@@ -49,18 +77,20 @@ class STPatchProcessor(BaseImageProcessor):
         vocabulary: the genes that the model knows.
         window_size: side S of a window, in sites.
         num_channels: genes C of a window.
-        compaction: how array indices become a grid: `"lattice"` or `"rank"`.
+        compaction: how array indices become a grid: `"lattice"`, `"rank"` or `"minmax"`.
         gene_selection: how a window's genes are chosen: `"weighted"`, `"variable"` or `"random"`.
         normalization: `"log1p"` values, or `"standardized"` ones: less the gene's corpus mean, over its deviation, at
             observed spots (needs both in the vocabulary). Genes are selected by log1p variance either way.
-        target_sum: counts per spot after depth normalisation, before log1p.
+        target_sum: counts per spot after depth normalisation, before log1p. `"panel"`, for slides on which only some
+            genes were measured: 10,000 times the share of all counts that the corpus expects from those genes (needs
+            `share` in the vocabulary), so that their values are those of a whole transcriptome.
         min_observed: share of a drawn window's sites that should hold a spot.
 
     Raises:
         ValueError: an option outside its range, or statistics that the vocabulary lacks.
     """
 
-    model_input_names = ("pixel_values", "gene_ids", "channel_mask", "pixel_mask", "coordinates")
+    model_input_names = ["pixel_values", "gene_ids", "channel_mask", "pixel_mask", "coordinates"]  # noqa: RUF012
     valid_kwargs = STPatchProcessorKwargs
 
     def __init__(
@@ -71,10 +101,14 @@ class STPatchProcessor(BaseImageProcessor):
         compaction: str = "lattice",
         gene_selection: str = "weighted",
         normalization: str = "log1p",
-        target_sum: float = 1e4,
+        target_sum: float | str = 1e4,
         min_observed: float = 0.2,
         **kwargs: Any,
     ):
+        for name in kwargs:
+            meant = get_close_matches(name, STPatchProcessorKwargs.__annotations__, 1, 0.8)
+            if meant:  # any other name is kept, as transformers does
+                raise ValueError(f"There is no option {name}: {meant[0]} is meant?")
         super().__init__(**kwargs)
         self.vocabulary = vocabulary
         self.window_size = window_size
@@ -84,27 +118,34 @@ class STPatchProcessor(BaseImageProcessor):
         self.normalization = normalization
         self.target_sum = target_sum
         self.min_observed = min_observed
+        self._statistics: dict[tuple[str, torch.device], torch.Tensor] = {}
         self._check_options()
 
     def _check_options(self) -> None:
         for name, allowed in (
             ("compaction", COMPACTIONS),
             ("gene_selection", GENE_SELECTIONS),
-            ("normalization", NORMALIZATIONS),
+            ("normalization", tuple(NORMALIZATIONS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {allowed}.")
-        for name in ("window_size", "num_channels", "target_sum"):
+        for name in ("window_size", "num_channels"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number.")
+        if self.target_sum != PANEL and not (isinstance(self.target_sum, int | float) and self.target_sum > 0):
+            raise ValueError(f'target_sum is {self.target_sum!r}: expected a positive number or "{PANEL}".')
         if not 0 <= self.min_observed <= 1:
             raise ValueError(f"min_observed is {self.min_observed}: expected a share between 0 and 1.")
-        if self.normalization == "standardized" and (self.vocabulary.mean is None or self.vocabulary.deviation is None):
-            raise ValueError(
-                'normalization is "standardized", but the vocabulary has no gene means and deviations: compute them '
-                "on the corpus (data_processing/gene_statistics.py) or use "
-                '"log1p".'
-            )
+        needed = {f'normalization="{self.normalization}"': NORMALIZATIONS[self.normalization].statistics}
+        if self.target_sum == PANEL:
+            needed[f'target_sum="{PANEL}"'] = ("share",)
+        for option, statistics in needed.items():
+            missing = [name for name in statistics if getattr(self.vocabulary, name) is None]
+            if missing:
+                raise ValueError(
+                    f"{option} needs the {' and '.join(missing)} of every gene, which the vocabulary has not: compute "
+                    "them on the corpus (data_processing/gene_statistics.py), or leave the option out."
+                )
 
     # ---------------------------------------------------------------- slide -> image
 
@@ -138,6 +179,7 @@ class STPatchProcessor(BaseImageProcessor):
         gene_selection: str | None = None,
         window_size: int | None = None,
         first_window: int = 0,
+        device: str | torch.device = "cpu",
         return_tensors: str | None = None,
     ) -> BatchFeature:
         """Draw windows of a slide and make them dense.
@@ -154,6 +196,8 @@ class STPatchProcessor(BaseImageProcessor):
                 that were not measured on the slide become padding.
             gene_selection, window_size: instead of the processor's own.
             first_window: number of the first window.
+            device: where the windows are made and stay; the slide's arrays are put there once. The draws are the same
+                everywhere. Another than the CPU needs `return_tensors="pt"`.
             return_tensors: `"pt"`, `"np"`, or None for NumPy.
 
         Returns:
@@ -170,17 +214,24 @@ class STPatchProcessor(BaseImageProcessor):
             )
         if seed < 0 or first_window < 0:
             raise ValueError(f"seed is {seed} and first_window {first_window}: expected integers from 0.")
+        if return_tensors != "pt" and torch.device(device).type != "cpu":
+            raise ValueError(f'device is "{device}" and return_tensors {return_tensors!r}: expected "pt" there.')
         size = self.window_size if window_size is None else window_size
         corners = self._corners(image, num_windows, windows, size, seed, first_window)
-        rule = self.gene_selection if gene_selection is None else gene_selection
-        channels = None if genes is None else self.gene_numbers(genes)
-        batch = [
-            make_window(image, corner, size, self.num_channels, rule, seed, first_window + i, channels)
-            for i, corner in enumerate(corners)
-        ]
-        arrays = {key: np.stack([getattr(w, key) for w in batch]) for key in Window.__dataclass_fields__}
-        if self.normalization == "standardized":
-            arrays["pixel_values"] = self._standardize(arrays)
+        arrays = make_windows(
+            image,
+            corners,
+            size,
+            self.num_channels,
+            self.gene_selection if gene_selection is None else gene_selection,
+            seed,
+            range(first_window, first_window + len(corners)),
+            None if genes is None else self.gene_numbers(genes),
+            device,
+        )
+        arrays["pixel_values"] = self._normalize(arrays)
+        if return_tensors != "pt":
+            arrays = {key: value.numpy() for key, value in arrays.items()}
         return BatchFeature(data=arrays, tensor_type=return_tensors)
 
     def _corners(
@@ -194,7 +245,7 @@ class STPatchProcessor(BaseImageProcessor):
     ) -> list[tuple[int, int]]:
         if windows is None:
             numbers = range(first_window, first_window + (1 if num_windows is None else num_windows))
-            corners = [draw_corner(image, size, self.min_observed, seed, number) for number in numbers]
+            corners = draw_corners(image, size, self.min_observed, seed, numbers)
         else:
             if num_windows is not None:
                 raise ValueError("Both num_windows and windows are given: pass one of them.")
@@ -228,12 +279,23 @@ class STPatchProcessor(BaseImageProcessor):
             )
         return numbers
 
-    def _standardize(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """(value - mean) / deviation at observed entries; empty sites and padded channels stay 0."""
-        mean = np.append(self.vocabulary.mean, np.float32(0))[arrays["gene_ids"]][:, :, None, None]
-        deviation = np.append(self.vocabulary.deviation, np.float32(1))[arrays["gene_ids"]][:, :, None, None]
+    def _normalize(self, arrays: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The model's `pixel_values` of log1p ones; empty sites and padded channels stay 0."""
+        normalization = NORMALIZATIONS[self.normalization]
+        if normalization.apply is None:
+            return arrays["pixel_values"]
+        gene_ids = arrays["gene_ids"]
+        of_gene = {name: self._statistic(name, gene_ids.device)[gene_ids] for name in normalization.statistics}
+        values = normalization.apply(arrays["pixel_values"], **{k: v[:, :, None, None] for k, v in of_gene.items()})
         observed = arrays["channel_mask"][:, :, None, None] & arrays["pixel_mask"][:, None]
-        return np.where(observed, (arrays["pixel_values"] - mean) / deviation, np.float32(0))
+        return values.masked_fill_(~observed, 0)
+
+    def _statistic(self, name: str, device: torch.device) -> torch.Tensor:
+        """float32 (len(vocabulary) + 1,): a gene statistic on a device; 1 for padding."""
+        if (name, device) not in self._statistics:
+            values = np.append(getattr(self.vocabulary, name), np.float32(1))
+            self._statistics[name, device] = torch.from_numpy(values).to(device)
+        return self._statistics[name, device]
 
     # ---------------------------------------------------------------- files
 
@@ -253,25 +315,34 @@ class STPatchProcessor(BaseImageProcessor):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "STPatchProcessor":
         """Load a processor and its `genes.json` from a folder or a Hub repository.
 
+        Args:
+            kwargs: those of transformers, and any option of the processor; the vocabulary is the one saved with it.
+
         Raises:
             ValueError: `genes.json` is not the one that the processor was saved with.
         """
         fields, _ = cls.get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         hub = {k: kwargs[k] for k in HUB_KWARGS if k in kwargs}
-        vocabulary = GeneVocabulary.from_pretrained(
+        kwargs["vocabulary"] = GeneVocabulary.from_pretrained(
             pretrained_model_name_or_path, sha256=fields.get("genes_sha256"), **hub
         )
-        return super().from_pretrained(pretrained_model_name_or_path, vocabulary=vocabulary, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(
         cls, image_processor_dict: dict[str, Any], vocabulary: GeneVocabulary | None = None, **kwargs: Any
     ) -> Any:
-        """Make a processor from `to_dict()` and its vocabulary."""
+        """Make a processor from `to_dict()` and its vocabulary, which may also be an entry of the dictionary."""
+        vocabulary = image_processor_dict.get("vocabulary") if vocabulary is None else vocabulary
         if vocabulary is None:
             raise ValueError("A processor needs its gene vocabulary: pass vocabulary=, or load with from_pretrained.")
         fields = {k: v for k, v in image_processor_dict.items() if k not in ("genes_sha256", "image_processor_type")}
         return super().from_dict({**fields, "vocabulary": vocabulary}, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "STPatchProcessor":
+        """Make a processor from `preprocessor_config.json` and the `genes.json` beside it."""
+        return cls.from_pretrained(os.path.dirname(os.path.abspath(json_file)))
 
 
 __all__ = ["STPatchProcessor", "STPatchProcessorKwargs"]

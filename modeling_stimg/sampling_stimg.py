@@ -11,211 +11,55 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Sampling: which windows, which genes, and the dense tensor of a window (Eqs. 6 and 7).
+"""Sampling: which windows, which genes, and the dense tensor of a batch of windows (Eqs. 6 and 7).
 
-Every draw is a function of (seed, window number) and the slide, so it does not depend on batch, worker, process or
-device. A window's place comes from `numpy.random.default_rng([seed, window])`; the noise of genes and masks, which is
-drawn by the hundred thousand, from a counter-based hash with the same integers in NumPy and torch.
+One sampler for CPU and accelerators: array operations on the slide's CSR, in NumPy on the CPU, in torch where the
+slide lies on an accelerator. What is drawn for a window is a function of (seed, window number) and the slide alone;
+see `noise_stimg.py`.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from .slide_image_stimg import SlideImage
+from .masking_stimg import first_lowest
+from .noise_stimg import GENE_STREAM, counter_uniform, stream_key, window_uniforms
+from .slide_image_stimg import SlideImage, on_host, window_counts
+from .window_entries_stimg import DeviceEntries, HostEntries
 
 GENE_SELECTIONS = ("weighted", "variable", "random")
 VARIANCE_EPS = 1e-6
-GENE_STREAM, MASK_STREAM = 1, 2
-
-_WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-# ---------------------------------------------------------------------------- counter-based noise
-
-
-def _signed(word: int) -> int:
-    """A 64-bit word as the int64 with the same bits: torch has no unsigned arithmetic."""
-    word &= _WORD
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _mix(x: Any) -> Any:
-    """SplitMix64's finaliser on an int64 array or tensor; multiplication wraps, shifts are made logical."""
-    x = (x ^ ((x >> 30) & (_WORD >> 30))) * _signed(_MIX_1)
-    x = (x ^ ((x >> 27) & (_WORD >> 27))) * _signed(_MIX_2)
-    return x ^ ((x >> 31) & (_WORD >> 31))
-
-
-def _mix_word(x: int) -> int:
-    """The same on one Python integer."""
-    x = ((x ^ (x >> 30)) * _MIX_1) & _WORD
-    x = ((x ^ (x >> 27)) * _MIX_2) & _WORD
-    return x ^ (x >> 31)
-
-
-def stream_key(seed: int, window: int, stream: int) -> int:
-    """The int64 that starts the noise of one window."""
-    key = _mix_word((int(seed) + _GOLDEN) & _WORD)
-    key = _mix_word((key + int(window) * _GOLDEN) & _WORD)
-    return _signed(_mix_word((key + stream * _GOLDEN) & _WORD))
-
-
-def counter_hash(key: int, counters: Any) -> Any:
-    """SplitMix64 at the given counters: int64 array or tensor -> int64, the same bits in NumPy and torch."""
-    return _mix((counters + 1) * _signed(_GOLDEN) + key)
-
-
-def counter_uniform(key: int, counters: np.ndarray) -> np.ndarray:
-    """float64 in (0, 1), exclusive at both ends: the 52 high bits of the hash, centred.
-
-    Args:
-        key: from `stream_key`. counters: int64, any shape.
-    """
-    bits = (counter_hash(key, counters) >> 12) & (_WORD >> 12)
-    return (bits + 0.5) * 2.0**-52
-
-
-def mask_noise(seed: int, window: int, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 `shape` in [0, 1): the `noise` of one window, entry `i` (flat) from the hash of (seed, window, i)."""
-    bits = (counter_hash(stream_key(seed, window, MASK_STREAM), np.arange(np.prod(shape))) >> 40) & (_WORD >> 40)
-    return (bits.astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
-
-
-def window_uniforms(seed: int, window: int) -> tuple[float, float]:
-    """Two numbers in [0, 1) that place window `window`: the first picks the slide (of many), the second the corner."""
-    slide, corner = np.random.default_rng([seed, window]).random(2)
-    return float(slide), float(corner)
+# Non-zeros that are worked on at once on an accelerator: about 40 bytes of temporaries each.
+ENTRIES_AT_ONCE = 1 << 26
 
 
 # ---------------------------------------------------------------------------- windows
 
 
-def draw_corner(image: SlideImage, window_size: int, min_observed: float, seed: int, window: int) -> tuple[int, int]:
-    """The (top, left) of window number `window`, uniform over the admissible corners (Eq. 6)."""
+def draw_corners(
+    image: SlideImage, window_size: int, min_observed: float, seed: int, windows: Sequence[int]
+) -> list[tuple[int, int]]:
+    """The (top, left) of the windows with the given numbers, uniform over the admissible corners (Eq. 6).
+
+    Raises:
+        ValueError: the slide has no spot, so that no window is admissible.
+    """
     corners = image.admissible_corners(window_size, min_observed)
-    top, left = corners[int(window_uniforms(seed, window)[1] * len(corners))]
-    return int(top), int(left)
+    if len(corners) == 0:
+        raise ValueError(f"{image!r} has no window of {window_size} x {window_size} sites with a spot: leave it out.")
+    drawn = corners[[int(window_uniforms(seed, window)[1] * len(corners)) for window in windows]]
+    return [(top, left) for top, left in drawn.tolist()]
 
 
-def window_spots(image: SlideImage, corner: tuple[int, int], window_size: int) -> np.ndarray:
-    """int64 (S, S): the spot at every site of a window, -1 where it is empty or beyond the slide."""
-    top, left = corner
-    spots = np.full((window_size, window_size), -1, dtype=np.int64)
-    part = image.spot_grid[top : top + window_size, left : left + window_size]
-    spots[: part.shape[0], : part.shape[1]] = part
+def window_spots(image: SlideImage, corners: Sequence[tuple[int, int]], window_size: int) -> np.ndarray:
+    """int64 (B, S, S): the spot at every site of the windows, -1 where it is empty or beyond the slide."""
+    spots = np.full((len(corners), window_size, window_size), -1, dtype=np.int64)
+    for window, (top, left) in zip(spots, corners, strict=True):
+        part = image.spot_grid[top : top + window_size, left : left + window_size]
+        window[: part.shape[0], : part.shape[1]] = part
     return spots
-
-
-# ---------------------------------------------------------------------------- genes
-
-
-def gene_variances(genes: np.ndarray, values: np.ndarray, num_spots: int, num_genes: int) -> np.ndarray:
-    """float64 (num_genes,): variance over a window's observed spots of every gene, zeros included.
-
-    Args:
-        genes: int (nnz,). values: float32 (nnz,), the non-zeros. num_spots: observed spots.
-    """
-    values = values.astype(np.float64)
-    mean = np.bincount(genes, values, minlength=num_genes) / num_spots
-    square = np.bincount(genes, values * values, minlength=num_genes) / num_spots
-    return np.maximum(square - mean * mean, 0.0)
-
-
-def select_genes(
-    variances: np.ndarray, measured: np.ndarray, num_channels: int, gene_selection: str, seed: int, window: int
-) -> np.ndarray:
-    """Genes of one window, at most `num_channels` and only measured ones.
-
-    `"weighted"` draws without replacement with weights `v_g + eps` (Eq. 7): the genes with the smallest
-    `-log(u_g) / (v_g + eps)`, u_g uniform, which is Gumbel top-k on `log(v_g + eps)` with one logarithm instead of
-    three. `"variable"` takes the highest variances, `"random"` any genes. Ties go to the lower vocabulary number.
-
-    Args:
-        variances: float64 (vocabulary,). measured: int64 (m,), ascending.
-
-    Returns:
-        int64 (min(num_channels, m),), ascending.
-    """
-    if gene_selection not in GENE_SELECTIONS:
-        raise ValueError(f"gene_selection is {gene_selection!r}: expected one of {GENE_SELECTIONS}.")
-    if len(measured) <= num_channels:
-        return measured
-    if gene_selection == "variable":
-        cost = -variances[measured]
-    else:
-        cost = counter_uniform(stream_key(seed, window, GENE_STREAM), measured)
-        if gene_selection == "weighted":
-            cost = -np.log(cost) / (variances[measured] + VARIANCE_EPS)
-    return np.sort(measured[np.argsort(cost, kind="stable")[:num_channels]])
-
-
-# ---------------------------------------------------------------------------- the tensor
-
-
-@dataclass
-class Window:
-    """One window as dense arrays; the keys and shapes are those of the processor's `BatchFeature`, without batch."""
-
-    pixel_values: np.ndarray
-    gene_ids: np.ndarray
-    channel_mask: np.ndarray
-    pixel_mask: np.ndarray
-    coordinates: np.ndarray
-    spot_index: np.ndarray
-
-
-def make_window(
-    image: SlideImage,
-    corner: tuple[int, int],
-    window_size: int,
-    num_channels: int,
-    gene_selection: str,
-    seed: int,
-    window: int,
-    genes: np.ndarray | None = None,
-) -> Window:
-    """Rasterise one window (Eq. 6) with genes drawn for it (Eq. 7), or with the given ones.
-
-    Args:
-        genes: int64 (C,), vocabulary numbers that fix the channels and their order; those that were not measured on
-            the slide become padding.
-    """
-    spot_index = window_spots(image, corner, window_size)
-    pixel_mask = spot_index >= 0
-    spots = spot_index[pixel_mask]
-    positions, owner = image.entries(spots)
-    entry_genes, entry_values = image.indices[positions], image.values[positions]
-    if genes is None:
-        variances = gene_variances(entry_genes, entry_values, max(len(spots), 1), image.pad_id)
-        chosen = select_genes(variances, image.measured, num_channels, gene_selection, seed, window)
-        gene_ids = np.full(num_channels, image.pad_id, dtype=np.int64)
-        gene_ids[: len(chosen)] = chosen
-    else:
-        gene_ids = np.where(np.isin(genes, image.measured), genes, image.pad_id)
-
-    channel_of_gene = np.full(image.pad_id + 1, -1, dtype=np.int64)
-    channel_of_gene[gene_ids] = np.arange(len(gene_ids))
-    channel_of_gene[image.pad_id] = -1
-    channels = channel_of_gene[entry_genes]
-    seen = channels >= 0
-    sites = np.flatnonzero(pixel_mask)
-    pixel_values = np.zeros((len(gene_ids), window_size * window_size), dtype=np.float32)
-    pixel_values[channels[seen], sites[owner[seen]]] = entry_values[seen]
-    coordinates = np.zeros((window_size, window_size, 2), dtype=np.float32)
-    coordinates[pixel_mask] = image.coordinates[spots]
-    return Window(
-        pixel_values=pixel_values.reshape(len(gene_ids), window_size, window_size),
-        gene_ids=gene_ids,
-        channel_mask=gene_ids != image.pad_id,
-        pixel_mask=pixel_mask,
-        coordinates=coordinates,
-        spot_index=spot_index,
-    )
 
 
 def covering_corners(image: SlideImage, window_size: int, stride: int) -> list[tuple[int, int]]:
@@ -223,27 +67,135 @@ def covering_corners(image: SlideImage, window_size: int, stride: int) -> list[t
 
     Corners stand every `stride` sites, and at the far edge of each axis.
     """
+    counts = window_counts(image.spot_grid >= 0, window_size)
+    tops, lefts = ([*range(0, side - 1, stride), side - 1] for side in counts.shape)
+    return [(top, left) for top in tops for left in lefts if counts[top, left] > 0]
 
-    def starts(side: int) -> Iterable[int]:
-        last = max(side - window_size, 0)
-        return [*range(0, last, stride), last]
 
-    corners = [(top, left) for top in starts(image.height) for left in starts(image.width)]
-    return [c for c in corners if (window_spots(image, c, window_size) >= 0).any()]
+# ---------------------------------------------------------------------------- genes
+
+
+def select_genes(
+    variances: Any, measured: Any, num_channels: int, gene_selection: str, seed: int, windows: Sequence[int]
+) -> Any:
+    """Genes of each window, at most `num_channels` and only measured ones.
+
+    `"weighted"` draws without replacement with weights `v_g + eps` (Eq. 7): the genes with the smallest
+    `-log(u_g) / (v_g + eps)`, u_g uniform, which is Gumbel top-k on `log(v_g + eps)` with one logarithm instead of
+    three. `"variable"` takes the highest variances, `"random"` any genes. Ties go to the lower vocabulary number.
+
+    Args:
+        variances: float64 (B, vocabulary), array or tensor; None for `"random"`.
+        measured: int64 (m,), ascending.
+        windows: number of each window.
+
+    Returns:
+        int64 (B, min(num_channels, m)), ascending.
+    """
+    if len(measured) <= num_channels:
+        return measured[None]
+    in_numpy = isinstance(measured, np.ndarray)
+    if variances is not None and len(measured) < variances.shape[1]:
+        variances = variances[:, measured]
+    if gene_selection == "variable":
+        cost = -variances
+    else:
+        keys = np.array([[stream_key(seed, window, GENE_STREAM)] for window in windows])
+        cost = counter_uniform(keys if in_numpy else torch.from_numpy(keys).to(measured.device), measured)  # (B, m)
+        if gene_selection == "weighted":
+            cost = (np.log(cost) if in_numpy else cost.log()) / -(variances + VARIANCE_EPS)
+    if in_numpy:
+        return measured[np.stack([_lowest_of_row(row, num_channels) for row in cost])]
+    cut = cost.kthvalue(num_channels, dim=-1, keepdim=True).values
+    return measured[first_lowest(cost, cut, num_channels).nonzero()[:, 1]].view(-1, num_channels)
+
+
+def _lowest_of_row(cost: np.ndarray, count: int) -> np.ndarray:
+    """int64 (count,): where the lowest values of float (m,) are, ascending; of equal ones the first."""
+    # A sample tells a bound that about a third more than `count` values keep, which leaves little to be sorted.
+    sample = cost[::16]
+    rank = min(len(sample) - 1, len(sample) * count * 4 // (3 * len(cost)) + 8)
+    few = np.flatnonzero(cost <= np.partition(sample, rank)[rank])
+    if len(few) < count:
+        few = np.arange(len(cost))
+    cost = cost[few]
+    cut = np.partition(cost, count - 1)[count - 1]
+    lowest = np.flatnonzero(cost <= cut)
+    if len(lowest) > count:
+        lowest = np.flatnonzero(first_lowest(cost[None], cut, count))
+    return few[lowest]
+
+
+# ---------------------------------------------------------------------------- the tensor
+
+
+def make_windows(
+    image: SlideImage,
+    corners: Sequence[tuple[int, int]],
+    window_size: int,
+    num_channels: int,
+    gene_selection: str,
+    seed: int,
+    windows: Sequence[int],
+    genes: np.ndarray | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Rasterise windows (Eq. 6) with genes drawn for each (Eq. 7), or with the given ones.
+
+    Args:
+        corners: (top, left) of every window. windows: number of every window, for its noise.
+        genes: int64 (C,), vocabulary numbers that fix the channels and their order; those that were not measured on
+            the slide become padding.
+        device: where the slide's arrays lie, from the first call on, and where the windows are made.
+
+    Returns:
+        The tensors of the processor's `BatchFeature`, values not yet normalised.
+
+    Raises:
+        ValueError: unknown `gene_selection`.
+    """
+    if gene_selection not in GENE_SELECTIONS:
+        raise ValueError(f"gene_selection is {gene_selection!r}: expected one of {GENE_SELECTIONS}.")
+    spot_index = window_spots(image, corners, window_size)
+    shape = len(corners), num_channels if genes is None else len(genes)
+    measured = image.arrays(device).measured
+    gene_ids = np.full(shape, image.pad_id)
+    if genes is not None:
+        gene_ids[:] = np.where(np.isin(genes, image.measured), genes, image.pad_id)
+    if not on_host(device):
+        gene_ids = torch.from_numpy(gene_ids).to(device)
+    num_sites = window_size**2
+    pixel_values = torch.zeros((shape[0] * shape[1] + 1) * num_sites, device=device)
+    at_once = 1
+    if not on_host(device):
+        at_once = max(1, ENTRIES_AT_ONCE // (num_sites * int(np.diff(image.indptr).max(initial=1))))
+    for first in range(0, len(corners), at_once):
+        part = slice(first, first + at_once)
+        spots = spot_index[part]
+        entries = HostEntries(image, spots) if on_host(device) else DeviceEntries(image, spots, device)
+        if genes is None:
+            variances = entries.variances() if gene_selection != "random" else None
+            chosen = select_genes(variances, measured, num_channels, gene_selection, seed, windows[part])
+            gene_ids[part, : chosen.shape[1]] = chosen
+        entries.rasterize(gene_ids[part], pixel_values, first, len(corners))
+    coordinates = image.coordinates[spot_index] * (spot_index >= 0)[..., None]  # -1 reads the last spot, times 0
+    tensors = {
+        "pixel_values": pixel_values[:-num_sites].view(*shape, window_size, window_size),
+        "gene_ids": torch.as_tensor(gene_ids),
+        "coordinates": torch.from_numpy(coordinates).to(device),
+        "spot_index": torch.from_numpy(spot_index).to(device),
+    }
+    tensors["channel_mask"] = tensors["gene_ids"] != image.pad_id
+    tensors["pixel_mask"] = tensors["spot_index"] >= 0
+    return tensors
 
 
 __all__ = [
     "GENE_SELECTIONS",
-    "Window",
-    "counter_hash",
-    "counter_uniform",
+    "VARIANCE_EPS",
     "covering_corners",
-    "draw_corner",
-    "gene_variances",
-    "make_window",
-    "mask_noise",
+    "draw_corners",
+    "make_windows",
     "select_genes",
-    "stream_key",
     "window_spots",
-    "window_uniforms",
 ]

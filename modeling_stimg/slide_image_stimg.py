@@ -19,11 +19,34 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from .compaction_stimg import compact
 from .genes_stimg import GeneVocabulary
 
 ON_DUPLICATE = ("error", "first")
+PANEL = "panel"
+PANEL_TOTAL = 1e4
+# Non-zeros that are worked on at once while a slide becomes an image: about 60 bytes of temporaries each.
+BLOCK_ENTRIES = 1 << 22
+
+
+def on_host(device: str | torch.device) -> bool:
+    """Whether windows are made in NumPy there, not in torch."""
+    return torch.device(device).type == "cpu"
+
+
+@dataclass(frozen=True)
+class SlideArrays:
+    """The non-zeros of a `SlideImage` where windows are made from them: NumPy arrays, or tensors on an accelerator.
+
+    Attributes:
+        indices: int32 (nnz,). values: float32 (nnz,). measured: int64 (m,).
+    """
+
+    indices: Any
+    values: Any
+    measured: Any
 
 
 @dataclass
@@ -62,6 +85,7 @@ class SlideImage:
     num_matched_genes: int
     name: str = "slide"
     _corners: dict[tuple[int, float], np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _arrays: dict[torch.device, SlideArrays] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_spots(self) -> int:
@@ -102,9 +126,23 @@ class SlideImage:
         key = (window_size, float(min_observed))
         if key not in self._corners:
             counts = window_counts(self.spot_grid >= 0, window_size)
-            needed = min(min_observed * window_size**2, counts.max() / 2)
+            needed = min(min_observed * window_size**2, counts.max(initial=0) / 2)
             self._corners[key] = np.argwhere(counts >= max(needed, 1)).astype(np.int64)
         return self._corners[key]
+
+    def arrays(self, device: str | torch.device = "cpu") -> SlideArrays:
+        """The slide's non-zeros on a device, put there once. On the CPU they are the NumPy arrays themselves."""
+        where = torch.device(device)
+        if where not in self._arrays:
+            arrays = self.indices, self.values, self.measured
+            if not on_host(where):
+                arrays = [torch.tensor(array, device=where) for array in arrays]
+            self._arrays[where] = SlideArrays(*arrays)
+        return self._arrays[where]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process puts its own arrays on an accelerator.
+        return {**self.__dict__, "_arrays": {}}
 
     @property
     def gene_match(self) -> str:
@@ -156,19 +194,23 @@ def check_counts(values: np.ndarray) -> None:
     """Raise ValueError unless every one of `values` is a finite non-negative integer, of whatever numeric type."""
     if values.dtype.kind not in "fiub":
         raise ValueError(f"X holds values of type {values.dtype}: pass raw counts")
-    if not np.isfinite(values).all():
-        raise ValueError(f"X holds {np.count_nonzero(~np.isfinite(values))} NaN or infinite values: pass raw counts")
+    values = values.reshape(-1)
+    blocks = [values[start : start + BLOCK_ENTRIES] for start in range(0, values.size, BLOCK_ENTRIES)]
+    if values.dtype.kind == "f":
+        num_bad = sum(np.count_nonzero(~np.isfinite(block)) for block in blocks)
+        if num_bad:
+            raise ValueError(f"X holds {num_bad} NaN or infinite values: pass raw counts")
     if values.size and values.min() < 0:
         raise ValueError(f"X holds negative values (min {values.min():.6g}): pass raw counts")
-    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+    if values.dtype.kind == "f" and any((block != np.rint(block)).any() for block in blocks):
         raise ValueError(f"X holds non-integers (max {values.max():.6g}): pass raw counts")
 
 
 def csr_arrays(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(indptr int64, indices int64, data) of a 2-D matrix: SciPy-like with `tocsr`, or dense."""
+    """(indptr int64, indices int, data) of a 2-D matrix: SciPy-like with `tocsr`, or dense. Shared where possible."""
     if hasattr(matrix, "tocsr"):
         matrix = matrix.tocsr()
-        return np.asarray(matrix.indptr, np.int64), np.asarray(matrix.indices, np.int64), np.asarray(matrix.data)
+        return np.asarray(matrix.indptr, np.int64), np.asarray(matrix.indices), np.asarray(matrix.data)
     dense = np.asarray(matrix)
     rows, columns = np.nonzero(dense)
     indptr = np.searchsorted(rows, np.arange(dense.shape[0] + 1)).astype(np.int64)
@@ -179,7 +221,7 @@ def slide_image_from_adata(
     adata: Any,
     vocabulary: GeneVocabulary,
     compaction: str,
-    target_sum: float,
+    target_sum: float | str,
     on_duplicate: str = "error",
     name: str = "slide",
 ) -> SlideImage:
@@ -191,25 +233,16 @@ def slide_image_from_adata(
     grid_rows, grid_cols = _grid_positions(adata, compaction)
     obs_index, spot_of_obs = _one_spot_a_site(grid_rows, grid_cols, on_duplicate)
     match = vocabulary.match(adata)
-    indptr, columns, counts = csr_arrays(adata.X)
-    check_counts(counts)
-    # The library is all that was measured, also genes that the vocabulary lacks; float64 sums of integers are exact.
-    library = np.bincount(np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), counts, minlength=len(indptr) - 1)
-
-    entries, owner = csr_entries(indptr, obs_index)
-    genes, entry_counts = match.ids[columns[entries]], counts[entries]
-    kept = (genes >= 0) & (entry_counts > 0)
-    owner, genes, entry_counts = _sum_same_gene(owner[kept], genes[kept], entry_counts[kept], len(vocabulary))
-    values = np.log1p(entry_counts * (target_sum / library[obs_index][owner]))
     measured = np.unique(match.ids[match.ids >= 0])
+    indptr, indices, values = _expression(adata.X, obs_index, match.ids, vocabulary, measured, target_sum)
     return SlideImage(
         height=int(grid_rows.max()) + 1,
         width=int(grid_cols.max()) + 1,
         rows=grid_rows[obs_index],
         cols=grid_cols[obs_index],
-        indptr=np.searchsorted(owner, np.arange(len(obs_index) + 1)).astype(np.int64),
-        indices=genes.astype(np.int32),
-        values=values.astype(np.float32),
+        indptr=indptr,
+        indices=indices,
+        values=values,
         measured=measured,
         pad_id=vocabulary.pad_id,
         obs_index=obs_index,
@@ -218,6 +251,49 @@ def slide_image_from_adata(
         num_matched_genes=match.num_matched,
         name=name,
     )
+
+
+def _expression(
+    matrix: Any,
+    obs_index: np.ndarray,
+    gene_of_column: np.ndarray,
+    vocabulary: GeneVocabulary,
+    measured: np.ndarray,
+    target_sum: float | str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """CSR of log1p values over vocabulary numbers, spots in the order of `obs_index`; a block of spots at a time."""
+    source_indptr, columns, counts = csr_arrays(matrix)
+    check_counts(counts)
+    # The library is all that was measured, also genes that the vocabulary lacks; of a panel, what the vocabulary
+    # knows, because nothing is known of how much the rest should hold.
+    in_library = gene_of_column >= 0 if target_sum == PANEL else np.ones(len(gene_of_column), dtype=bool)
+    total = PANEL_TOTAL * float(vocabulary.share[measured].sum()) if target_sum == PANEL else float(target_sum)
+
+    lengths = np.diff(source_indptr)[obs_index]
+    indices = np.empty(lengths.sum(), dtype=np.int32)  # at most: foreign genes are left out
+    values = np.empty(len(indices), dtype=np.float32)
+    indptr = np.zeros(len(obs_index) + 1, dtype=np.int64)
+    for block in _blocks(lengths, BLOCK_ENTRIES):
+        entries, owner = csr_entries(source_indptr, obs_index[block])
+        entry_columns, entry_counts = columns[entries], counts[entries].astype(np.float64)
+        # float64 sums of integers are exact, in whatever order.
+        in_sum = entry_counts * in_library[entry_columns]
+        library = np.bincount(owner, in_sum, minlength=block.stop - block.start)
+        genes = gene_of_column[entry_columns]
+        kept = (genes >= 0) & (entry_counts > 0)
+        owner, genes, entry_counts = _sum_same_gene(owner[kept], genes[kept], entry_counts[kept], len(vocabulary))
+        start = indptr[block.start]
+        indptr[block.start + 1 : block.stop + 1] = start + np.searchsorted(owner, np.arange(1, len(library) + 1))
+        indices[start : start + len(genes)] = genes
+        values[start : start + len(genes)] = np.log1p(entry_counts * (total / np.maximum(library, 1))[owner])
+    return indptr, indices[: indptr[-1]], values[: indptr[-1]]
+
+
+def _blocks(lengths: np.ndarray, block_entries: int) -> list[slice]:
+    """Consecutive rows of at most about `block_entries` entries together."""
+    block = np.cumsum(lengths) // block_entries
+    starts = np.flatnonzero(np.diff(block, prepend=-1))
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 def _grid_positions(adata: Any, compaction: str) -> tuple[np.ndarray, np.ndarray]:
@@ -254,14 +330,23 @@ def _one_spot_a_site(rows: np.ndarray, cols: np.ndarray, on_duplicate: str) -> t
 def _sum_same_gene(
     owner: np.ndarray, genes: np.ndarray, counts: np.ndarray, num_genes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Entries sorted by spot and gene; the counts of two names of one gene are added up (float64)."""
+    """Entries sorted by spot and gene; the counts (float64) of two names of one gene are added up."""
     key = owner * num_genes + genes
-    order = np.argsort(key, kind="stable")
-    key, counts = key[order], counts[order].astype(np.float64)
+    order = np.argsort(key)
+    key, counts = key[order], counts[order]
     starts = np.flatnonzero(np.diff(key, prepend=-1))
     if len(starts) < len(key):
         counts, key = np.add.reduceat(counts, starts), key[starts]
     return key // num_genes, key % num_genes, counts
 
 
-__all__ = ["SlideImage", "check_counts", "csr_arrays", "slide_image_from_adata"]
+__all__ = [
+    "PANEL",
+    "SlideArrays",
+    "SlideImage",
+    "check_counts",
+    "csr_arrays",
+    "on_host",
+    "slide_image_from_adata",
+    "window_counts",
+]

@@ -1,5 +1,6 @@
 """Phantom slides, a small processor and a small model for all tests; real slides where STIMG_DATA names them."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def config(vocabulary: GeneVocabulary) -> STImageMAEConfig:
 def model(config: STImageMAEConfig) -> STImageMAEForPreTraining:
     """A fresh model with seeded random weights, larger than usual, so that differences show."""
     torch.manual_seed(0)
-    model = STImageMAEForPreTraining(config)
+    model = STImageMAEForPreTraining(copy.deepcopy(config))  # tests change its embedding defaults
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

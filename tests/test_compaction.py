@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_stimg.compaction_stimg import compact, is_staggered
+from modeling_stimg.compaction_stimg import COMPACTIONS, MINMAX_RANGE, compact, is_staggered
 
 POSITIONS = st.lists(st.tuples(st.integers(-5, 40), st.integers(-5, 40)), min_size=1, max_size=60, unique=True)
 
@@ -26,6 +26,41 @@ def test_compaction_is_injective_order_preserving_and_tight(positions, compactio
         assert set(grid.tolist()) == set(range(grid.max() + 1)), "a level without spots was kept"
 
 
+@given(POSITIONS, st.booleans(), st.sampled_from([1, 7, 1000]))
+def test_minmax_is_injective_and_order_preserving_and_fills_its_range(positions, visium, step):
+    array = (staggered(positions) if visium else np.array(positions)) * step
+    rows, cols = compact(array[:, 0], array[:, 1], "minmax")
+    assert len(set(zip(rows.tolist(), cols.tolist(), strict=True))) == len(positions)
+    for axis, grid in ((array[:, 0], rows), (array[:, 1], cols)):
+        order = np.argsort(axis, kind="stable")
+        assert (np.sign(np.diff(grid[order])) == np.sign(np.diff(axis[order]))).all()
+        span = np.ptp(axis)
+        assert (grid.min(), grid.max()) == (0, max(MINMAX_RANGE, span) if span else 0)
+        if span:  # no level is farther than half a step from where scaling puts it
+            exact = (axis - axis.min()) / span * max(MINMAX_RANGE, span)
+            assert np.abs(grid - exact).max() <= 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint16, np.uint32, np.int64])
+@pytest.mark.parametrize("compaction", COMPACTIONS)
+def test_the_integer_type_of_the_indices_does_not_matter(dtype, compaction: str):
+    rows, cols = np.array([3, 0, 120]), np.array([1, 100, 7])
+    expected = compact(rows, cols, compaction)
+    for got, want in zip(compact(rows.astype(dtype), cols.astype(dtype), compaction), expected, strict=True):
+        np.testing.assert_array_equal(got, want, strict=True)
+
+
+@pytest.mark.parametrize(("height", "width"), [(78, 64), (128, 112)])
+def test_full_visium_windows_are_full_with_lattice_and_half_full_with_rank(height: int, width: int):
+    """Capture areas of 6.5 and 11 mm."""
+    array = staggered([(row, col) for row in range(height) for col in range(width)])
+    for compaction, filled in (("lattice", 256), ("rank", 128)):
+        rows, cols = compact(array[:, 0], array[:, 1], compaction)
+        grid = np.zeros((rows.max() + 1, cols.max() + 1), bool)
+        grid[rows, cols] = True
+        assert {grid[top : top + 16, left : left + 16].sum() for top in (0, 5, 31) for left in (0, 9, 48)} == {filled}
+
+
 def test_full_visium_slide_becomes_78_by_64_without_gaps():
     array = staggered([(row, col) for row in range(78) for col in range(64)])
     rows, cols = compact(array[:, 0], array[:, 1], "lattice")
@@ -34,13 +69,17 @@ def test_full_visium_slide_becomes_78_by_64_without_gaps():
     assert (rows.max() + 1, cols.max() + 1) == (78, 128)
 
 
-def test_neighbours_on_a_staggered_array_stay_neighbours():
-    array = staggered([(row, col) for row in range(6) for col in range(5)])
+@given(POSITIONS, st.booleans())
+def test_neighbours_stay_neighbours(positions, visium):
+    """Whoever touched on the array touches on the grid; a staggered array has six neighbours, a square one eight."""
+    array = staggered(positions) if visium else np.array(positions)
     rows, cols = compact(array[:, 0], array[:, 1], "lattice")
     grid = dict(zip(map(tuple, array.tolist()), zip(rows.tolist(), cols.tolist(), strict=True), strict=True))
+    # Fewer spots may lie on one colour of a checkerboard by chance; then they are as good as staggered.
+    steps = ((0, 2), (1, 1), (1, -1)) if is_staggered(*array.T) else ((0, 1), (1, 0), (1, 1), (1, -1))
     for (row, col), (grid_row, grid_col) in grid.items():
-        for step in ((0, 2), (1, 1), (1, -1)):
-            neighbour = grid.get((row + step[0], col + step[1]))
+        for down, right in steps:
+            neighbour = grid.get((row + down, col + right))
             if neighbour is not None:
                 assert max(abs(neighbour[0] - grid_row), abs(neighbour[1] - grid_col)) == 1
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_stimg import GeneVocabulary, STPatchProcessor
+from modeling_stimg.processing_stimg import NORMALIZATIONS, Normalization
 
 SHAPES = {
     "pixel_values": ((3, 32, 6, 6), torch.float32),
@@ -88,8 +89,41 @@ def test_standardized_input_is_standardised_where_observed_and_zero_elsewhere(im
             observed = plain["pixel_mask"][b]
             expected = np.where(observed, (plain["pixel_values"][b, c] - mean[gene]) / deviation[gene], 0)
             np.testing.assert_allclose(standard["pixel_values"][b, c], expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="has no gene means and deviations"):
+    with pytest.raises(ValueError, match="needs the mean and deviation of every gene"):
         STPatchProcessor(vocabulary, normalization="standardized")
+
+
+def test_a_further_normalization_is_one_entry(images, vocabulary: GeneVocabulary, monkeypatch: pytest.MonkeyPatch):
+    centred = Normalization(lambda pixel_values, mean: pixel_values - mean, statistics=("mean",))
+    monkeypatch.setitem(NORMALIZATIONS, "centred", centred)
+    known = vocabulary.with_statistics(mean=np.arange(len(vocabulary)))
+    plain = STPatchProcessor(known, window_size=6, num_channels=16)(images["square"], num_windows=2)
+    batch = STPatchProcessor(known, window_size=6, num_channels=16, normalization="centred")(
+        images["square"], num_windows=2
+    )
+    expected = (plain["pixel_values"] - plain["gene_ids"][:, :, None, None]) * plain["pixel_mask"][:, None]
+    np.testing.assert_allclose(batch["pixel_values"], expected, rtol=1e-6)
+
+
+def test_panel_scales_by_the_share_that_the_corpus_expects(slides, vocabulary: GeneVocabulary):
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.ones(len(vocabulary)))
+    known = vocabulary.with_statistics(share=share)
+    panel = slides["square"][:, :60].copy()
+    panel.var_names = [*panel.var_names[:58], "foreign 1", "foreign 2"]
+    image = STPatchProcessor(known, target_sum="panel").slide_to_image(panel)
+    counts, genes = panel.X.toarray()[image.obs_index], known.encode(panel.var_names)
+    matched = genes >= 0
+    assert matched.sum() == 58
+    library = counts[:, matched].sum(1, keepdims=True)
+    expected = np.log1p(counts[:, matched] / library * 1e4 * share[genes[matched]].sum())
+    dense = np.zeros((image.num_spots, len(known)))
+    for spot in range(image.num_spots):
+        part = slice(image.indptr[spot], image.indptr[spot + 1])
+        dense[spot, image.indices[part]] = image.values[part]
+    np.testing.assert_allclose(dense[:, genes[matched]], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match='target_sum="panel" needs the share of every gene'):
+        STPatchProcessor(vocabulary, target_sum="panel")
 
 
 def test_file_round_trip_gives_the_same_windows(tmp_path: Path, images, vocabulary: GeneVocabulary):
@@ -121,6 +155,9 @@ def test_gene_file_of_another_model_is_refused(tmp_path: Path, processor: STPatc
         ({"normalization": "none"}, "normalization is 'none'"),
         ({"window_size": 0}, "window_size is 0"),
         ({"min_observed": 2}, "min_observed is 2"),
+        ({"target_sum": 0}, "target_sum is 0"),
+        ({"target_sum": "median"}, "target_sum is 'median': expected a positive number or \"panel\""),
+        ({"windowsize": 3}, "no option windowsize: window_size is meant"),
     ],
 )
 def test_bad_options_get_one_clear_sentence(vocabulary: GeneVocabulary, options: dict, message: str):
@@ -138,6 +175,7 @@ def test_bad_options_get_one_clear_sentence(vocabulary: GeneVocabulary, options:
         ({"genes": [1, 1]}, "given twice"),
         ({"seed": -1}, "expected integers from 0"),
         ({"gene_selection": "best"}, "gene_selection is 'best'"),
+        ({"device": "cuda"}, 'device is "cuda" and return_tensors None'),
     ],
 )
 def test_bad_calls_get_one_clear_sentence(images, processor: STPatchProcessor, call: dict, message: str):

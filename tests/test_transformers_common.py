@@ -1,94 +1,12 @@
 """transformers' own common model and configuration tests, from the source distribution of the installed version."""
 
-import ast
-import os
-import re
-import subprocess
-import sys
-import tarfile
 from pathlib import Path
 
-import pytest
-import transformers
+from transformers_common.source_tests import run_common_tests
 
-ROOT = Path(__file__).parents[1]
-CACHE = ROOT / ".cache"
-SUITE = Path(__file__).parent / "transformers_common" / "common_model_tests.py"
 # Far fewer would mean that the suite no longer sees the model classes.
 LEAST_PASSED = 80
 
 
-@pytest.fixture(scope="module")
-def source_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the `tests` package of the installed transformers version, unpacked."""
-    name = f"transformers-{transformers.__version__}"
-    archive = CACHE / f"{name}.tar.gz"
-    if not archive.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
-        fetched = subprocess.run(
-            [*command, "--dest", str(CACHE), f"transformers=={transformers.__version__}"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if not archive.exists():
-            reason = (fetched.stderr.strip().splitlines() or ["no message"])[-1]
-            pytest.skip(f"the source distribution of {name} could not be had: {reason}")
-    folder = tmp_path_factory.mktemp("transformers")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, [m for m in tar.getmembers() if m.name.startswith(f"{name}/tests/")], filter="data")
-    tests = folder / name / "tests"
-    add_missing_modules(tests)
-    return tests
-
-
-def add_missing_modules(tests: Path) -> None:
-    """Write stand-ins for what the common tests import but the source distribution leaves out.
-
-    A missing mixin (export, generation) becomes an empty class; anything else a function that fails when called.
-    """
-    for package in (tests, tests / "models", tests / "models" / "st_image_mae"):
-        package.mkdir(exist_ok=True)
-        (package / "__init__.py").touch()
-    (tests.parent / "utils").mkdir(exist_ok=True)
-    (tests.parent / "utils" / "fetch_hub_objects_for_ci.py").write_text("def url_to_local_path(url):\n    return url\n")
-    for source in tests.glob("test_*.py"):
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-            if not (isinstance(node, ast.ImportFrom) and node.level == 1 and node.module):
-                continue
-            target = tests.joinpath(*node.module.split(".")).with_suffix(".py")
-            if target.exists() and not target.read_text(encoding="utf-8").startswith("# stand-in"):
-                continue
-            target.parent.mkdir(exist_ok=True)
-            (target.parent / "__init__.py").touch()
-            present = target.read_text(encoding="utf-8") if target.exists() else "# stand-in\n"
-            for name in (alias.name for alias in node.names):
-                if f" {name}" not in present:
-                    present += stand_in(name)
-            target.write_text(present, encoding="utf-8")
-
-
-def stand_in(name: str) -> str:
-    if name.endswith(("Mixin", "Tester")):
-        return f"class {name}:\n    pass\n"
-    if name.endswith("kwargs"):
-        return f"{name} = {{}}\n".replace(f"{name} =", f"# {name}\n{name} =")
-    return f"def {name}(*args, **kwargs):\n    raise NotImplementedError({name!r})\n"
-
-
-def test_common_model_tests_of_transformers(source_tests: Path):
-    target = source_tests / "models" / "st_image_mae" / "test_modeling_st_image_mae.py"
-    target.write_text(SUITE.read_text(encoding="utf-8"), encoding="utf-8")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", str(target)],
-        cwd=source_tests.parent,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", run.stdout[-2000:])}
-    print("common tests of transformers", transformers.__version__, counts)
-    assert run.returncode == 0, run.stdout[-6000:]
-    assert counts["passed"] >= LEAST_PASSED
-    assert counts.get("failed", 0) == counts.get("error", 0) == 0
+def test_common_model_tests_of_transformers(tmp_path: Path):
+    assert run_common_tests("common_model_tests.py", tmp_path)["passed"] >= LEAST_PASSED

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data_processing.window_dataset import WindowDataset, windows_per_epoch
-from modeling_stimg.sampling_stimg import mask_noise
+from modeling_stimg.noise_stimg import mask_noise
 
 
 @pytest.fixture
