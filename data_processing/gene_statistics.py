@@ -1,4 +1,4 @@
-"""Statistics of genes over a corpus: mean and deviation, and the singular vectors that gene embeddings start from."""
+"""Statistics of genes over a corpus: mean, deviation, share of counts, and leading singular vectors."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -32,6 +32,41 @@ def gene_moments(images: Sequence[SlideImage]) -> tuple[np.ndarray, np.ndarray]:
     mean = total / count
     deviation = np.sqrt(np.maximum(square / count - mean * mean, 0))
     return mean.astype(np.float32), np.maximum(deviation, DEVIATION_FLOOR).astype(np.float32)
+
+
+def gene_shares(images: Sequence[SlideImage], num_iterations: int = 1000, tolerance: float = 1e-9) -> np.ndarray:
+    """Share of a spot's counts that each gene would have if all genes of the corpus were measured.
+
+    Slides that measure few genes say how these relate to one another, slides that measure more how they relate to
+    the rest: shares are the maximum-likelihood fit of one multinomial of which every slide saw a part, each spot
+    with the same weight, by the MM iteration that Hunter (2004) gives for such models.
+
+    Args:
+        images: slides, with any `target_sum`.
+        num_iterations, tolerance: when to stop; the largest relative change of a slide's total.
+
+    Returns:
+        float32 (vocabulary,), sum 1; 0 for a gene that was never counted.
+    """
+    num_genes = images[0].pad_id
+    weights, seen = np.zeros(len(images)), np.zeros(num_genes)
+    for i, image in enumerate(images):
+        counts = np.expm1(image.values.astype(np.float64))  # up to a factor of each spot
+        owner = np.repeat(np.arange(image.num_spots), np.diff(image.indptr))
+        library = np.bincount(owner, counts, minlength=image.num_spots)
+        weights[i] = np.count_nonzero(library)
+        seen += np.bincount(image.indices, counts / library[owner], minlength=num_genes)
+    share, totals = seen / max(seen.sum(), 1e-300), np.ones(len(images))
+    for _ in range(num_iterations):
+        expected = np.zeros(num_genes)
+        for image, weight, total in zip(images, weights, totals, strict=True):
+            expected[image.measured] += weight / max(total, 1e-300)
+        share = np.divide(seen, expected, out=np.zeros(num_genes), where=seen > 0)
+        share /= max(share.sum(), 1e-300)
+        previous, totals = totals, np.array([share[image.measured].sum() for image in images])
+        if np.abs(totals - previous).max() <= tolerance * totals.max():
+            break
+    return share.astype(np.float32)
 
 
 def leading_gene_vectors(

@@ -7,24 +7,18 @@ macro_f1_sd (float) and, where it matters, seen (str): whether the slide was par
 from __future__ import annotations
 
 import io
-import json
 import os
-import platform
-import re
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.results import markdown_table, write_results, write_whole
+
 Record = Mapping[str, Any]
 
 REQUIRED_KEYS = ("slide", "features", "probe", "accuracy", "accuracy_sd", "ari", "ari_sd", "macro_f1", "macro_f1_sd")
-PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "anndata")
 PROBE_TITLES = {"knn": "k-NN", "linear": "linear", "mlp": "MLP"}
 BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: told apart by colour-blind eyes
 MISSING = "–"  # noqa: RUF001 - a dash for "no such measurement"
@@ -40,12 +34,7 @@ def write_report(records: Sequence[Record], metadata: Mapping[str, Any], output_
     The text of `table.md`.
     """
     table = results_table(records)
-    results = {"metadata": metadata, "records": [dict(record) for record in records]}
-    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / "results.json", text.encode())
-    _write_whole(folder / "table.md", table.encode())
+    write_results(output_dir, records, metadata, table)
     return table
 
 
@@ -62,7 +51,7 @@ def results_table(records: Sequence[Record]) -> str:
     for name in features:
         cells = [_mean_cell(_matching(records, features=name, probe=probe), len(slides)) for probe in probes]
         rows.append([name, *cells])
-    lines = [f"Accuracy / ARI, mean over {len(slides)} slide(s).", "", *_markdown(["features", *header], rows)]
+    lines = [f"Accuracy / ARI, mean over {len(slides)} slide(s).", "", *markdown_table(["features", *header], rows)]
     for slide in slides:
         lines += ["", f"## {slide}", "", "Accuracy / ARI ± deviation over splits.", ""]
         on_slide = _matching(records, slide=slide)
@@ -73,24 +62,8 @@ def results_table(records: Sequence[Record]) -> str:
             cells = [_slide_cell(_matching(of_features, probe=probe)) for probe in probes]
             seen = ", ".join(dict.fromkeys(str(r["seen"]) for r in of_features if "seen" in r)) or MISSING
             rows.append([name, *cells, seen] if has_seen else [name, *cells])
-        lines += _markdown(["features", *header, "seen"] if has_seen else ["features", *header], rows)
+        lines += markdown_table(["features", *header, "seen"] if has_seen else ["features", *header], rows)
     return "\n".join(lines) + "\n"
-
-
-def run_metadata(seed: int, **extra: Any) -> dict[str, Any]:
-    """What is needed to tell where numbers came from: seed, versions, commit, date, command line, and `extra`.
-
-    The commit is the checkout's, with "-dirty" when tracked files were modified, None where there is no repository or
-    no git. A missing package's version is None. The command line names files without their absolute folders.
-    """
-    return {
-        "seed": seed,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "commit": _commit(Path(__file__).resolve().parents[1]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [_without_folders(argument) for argument in sys.argv],
-        **extra,
-    }
 
 
 def plot_ari(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
@@ -123,7 +96,7 @@ def plot_ari(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
     figure.legend(title="probe", loc="outside right upper", frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    _write_whole(Path(path), image.getvalue())
+    write_whole(Path(path), image.getvalue())
 
 
 def _check_records(records: Sequence[Record]) -> None:
@@ -165,57 +138,3 @@ def _slide_cell(records: Sequence[Record]) -> str:
         return MISSING
     (record,) = records
     return f"{record['accuracy']:.3f} ± {record['accuracy_sd']:.3f} / {record['ari']:.3f} ± {record['ari_sd']:.3f}"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [list(header), ["---"] * len(header)]
-    lines += [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _plain(value: Any) -> Any:
-    """NumPy numbers and arrays for JSON."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} {value!r} cannot be written to results.json: pass plain values")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write through a temporary name, so that an interrupted run leaves no half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit(checkout: Path) -> str | None:
-    top_and_commit = _git(checkout, "rev-parse", "--show-toplevel", "HEAD")
-    if top_and_commit is None:
-        return None
-    top, commit = top_and_commit.splitlines()
-    if Path(top).resolve() != checkout:  # a copy inside another project's repository
-        return None
-    return f"{commit}-dirty" if _git(checkout, "status", "--porcelain", "--untracked-files=no") else commit
-
-
-def _git(checkout: Path, *arguments: str) -> str | None:
-    """Output of a git command, None where it fails."""
-    command = ["git", "-C", str(checkout), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _without_folders(argument: str) -> str:
-    """`--config=/home/ann/a.yaml` -> `--config=a.yaml`: results are published, this machine's folders are not."""
-    return re.sub(r"(^|[=,])/(?:[^/=,]+/+)*(?=[^/=,])", r"\1", argument)

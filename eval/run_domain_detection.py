@@ -31,7 +31,8 @@ from data_processing.corpus import (
 )
 from eval.baselines.expression import baseline_features
 from eval.probes import PROBES, score
-from eval.report import plot_ari, run_metadata, write_report
+from eval.report import plot_ari, write_report
+from eval.results import run_metadata
 from eval.splits import encode_labels, slide_labels, spot_splits
 from modeling_stimg import SlideImage, STImageMAEModel, STPatchProcessor
 from modeling_stimg.plotting import plot_maps

@@ -136,7 +136,7 @@ def embed_image(
         parts = _readout_means(encoder, processor, image, options, batch_size, where, seed, progress)
     finally:
         encoder.to(home).train(was_training)
-    embedding = np.concatenate(parts, axis=1)
+    embedding = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     if options["smoothing"] > 0:
         embedding = neighbourhood_mean(image, embedding, options["smoothing"])
     return embedding.astype(np.float32)
@@ -179,7 +179,9 @@ def _readout_means(
                 sums[readout][site_spots[site_spots >= 0]] += site_hidden[site_spots >= 0]
         for site_spots in spots:
             counts[site_spots[site_spots >= 0]] += 1
-    return [sums[r] / counts[:, None] for r in readouts]
+    for total in sums.values():
+        total /= counts[:, None]  # in place: on a large slide these are the largest arrays
+    return list(sums.values())
 
 
 def _read(encoder: Any, inputs: dict[str, torch.Tensor], corners: list[tuple[int, int]], readout: str) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """`read_slide`: whatever a user has of a slide -> one AnnData of raw counts with checked array positions.
 
 Each reader returns an AnnData as its format gives it; `_checked` then does the same for all: counts verified and made
-CSR, array positions made int64. Nothing that is read is executed or unpickled.
+CSR, array positions made int64 or found in the pixels. Nothing that is read is executed or unpickled.
 """
 
 import csv
@@ -31,6 +31,8 @@ _KINDS = (
 )
 # (row, column) of the array, in the order in which they are looked for: Visium, legacy ST (row = y, column = x), plain.
 _ARRAY_COLUMNS = (("array_row", "array_col"), ("array_y", "array_x"), ("row", "col"))
+_PIXEL_ROWS = ("pxl_row_in_fullres", "pxl_y", "pixel_y", "imagerow", "y")  # in pixels, after obsm["spatial"]
+_PIXEL_COLUMNS = tuple(zip(_PIXEL_ROWS, ("pxl_col_in_fullres", "pxl_x", "pixel_x", "imagecol", "x"), strict=True))
 # Legacy ST names a spot by its place, XxY, sometimes after the name of its section: 10x13, 13.064x6.086, A1_HE_15x16.
 _SPOT_NAME = re.compile(r"(?:^|_)(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)$")
 _TABLE_SUFFIX = re.compile(r"\.(?:tsv|txt)(?:\.gz)?$")
@@ -46,7 +48,8 @@ def read_slide(source: str | os.PathLike | AnnData) -> AnnData:
 
     - an AnnData, or an `.h5ad` file. The array positions are, in this order, `obs["array_row"]`, `obs["array_col"]`;
       `obs["array_y"]`, `obs["array_x"]` (row = y, column = x); `obs["row"]`, `obs["col"]`; or spot names such as
-      `10x13` (X x Y, also after an underscore: column = X, row = Y);
+      `10x13` (X x Y, also after an underscore: column = X, row = Y). Without these, `lattice` finds the array
+      in pixel coordinates: `obsm["spatial"]` (x, y), or columns such as `obs["pxl_y"]`, `obs["pxl_x"]`;
     - a Space Ranger output folder: `outs/` or its parent, with `filtered_feature_bc_matrix.h5` (or the folder
       `filtered_feature_bc_matrix/`) and `spatial/`. Named as scanpy names it: symbols made unique as `var_names`,
       `var["gene_ids"]`, `var["gene_name"]` (symbols as they are), `var["feature_types"]`, `obs["in_tissue"]`, images
@@ -66,8 +69,8 @@ def read_slide(source: str | os.PathLike | AnnData) -> AnnData:
     spots may sit on one array position.
 
     Raises FileNotFoundError where there is nothing; ValueError, in one sentence, for an unknown kind of file, an
-    unreadable one, an empty slide, values that are no counts, and missing or infinite positions; ImportError for
-    `tissue_positions.parquet` without pyarrow; TypeError for a `source` that is neither a path nor an AnnData.
+    unreadable one, an empty slide, values that are no counts, missing or infinite positions, and pixels of no array;
+    ImportError for `tissue_positions.parquet` without pyarrow; TypeError where `source` is neither path nor AnnData.
     """
     with warnings.catch_warnings():
         # Real slides repeat spot names, and nothing here looks a spot up by its name.
@@ -180,9 +183,25 @@ def _array_positions(adata: AnnData) -> tuple[np.ndarray, np.ndarray]:
     else:
         xy = _positions_in_names(adata.obs_names)
         if xy is None:
-            raise ValueError(_no_positions(adata))
+            from .lattice import array_positions  # scipy's spatial and image modules, for few slides
+
+            return array_positions(_pixels(adata))
         col, row = xy.T
     return np.rint(row).astype(np.int64), np.rint(col).astype(np.int64)
+
+
+def _pixels(adata: AnnData) -> np.ndarray:
+    """Pixel coordinates (x, y) of every spot, float64 (num_spots, 2)."""
+    if "spatial" in adata.obsm:
+        return np.asarray(adata.obsm["spatial"], dtype=np.float64)[:, :2]  # a third column is the section or the depth
+    for y, x in _PIXEL_COLUMNS:
+        if x in adata.obs and y in adata.obs:
+            return np.stack([_finite(adata.obs[name], f'obs["{name}"]') for name in (x, y)], axis=1)
+    raise ValueError(
+        'no array positions: looked for spot names such as 10x13, for obsm["spatial"], and in obs for '
+        f"{', '.join(map(' + '.join, _ARRAY_COLUMNS + _PIXEL_COLUMNS))}: "
+        'add obs["array_row"] and obs["array_col"] from spatial/tissue_positions.csv'
+    )
 
 
 def _finite(column: pd.Series, what: str) -> np.ndarray:
@@ -201,14 +220,6 @@ def _positions_in_names(names: Iterable[str]) -> np.ndarray | None:
     """X and Y of spots that are all named XxY: float64 (num_spots, 2). None where one of them, or every one, is not."""
     matches = [_SPOT_NAME.search(name) for name in names]
     return np.array([match.groups() for match in matches], np.float64) if matches and all(matches) else None
-
-
-def _no_positions(adata: AnnData) -> str:
-    looked_for = ", ".join(f"{row} + {col}" for row, col in _ARRAY_COLUMNS)
-    sentence = f"no array positions: looked in obs for {looked_for}, and for spot names such as 10x13"
-    if "spatial" in adata.obsm or any(re.match(r"pxl|pixel|image_?(row|col)|[xy]$", str(name)) for name in adata.obs):
-        sentence += ", found pixel coordinates only, which alone do not define the array"
-    return f'{sentence}: add obs["array_row"] and obs["array_col"] from spatial/tissue_positions.csv'
 
 
 def _space_ranger_outs(folder: Path) -> Path:

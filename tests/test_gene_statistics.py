@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_processing.gene_statistics import DEVIATION_FLOOR, gene_moments, leading_gene_vectors
+from data_processing.gene_statistics import DEVIATION_FLOOR, gene_moments, gene_shares, leading_gene_vectors
 from modeling_stimg import SlideImage, STPatchProcessor
 
 
@@ -31,6 +31,42 @@ def test_moments_are_over_spots_of_slides_that_measured_the_gene(corpus: list[Sl
     np.testing.assert_allclose(mean, np.nanmean(values, axis=0), rtol=1e-5)
     np.testing.assert_allclose(deviation, np.maximum(np.nanstd(values, axis=0), DEVIATION_FLOOR), rtol=1e-4)
     assert deviation.dtype == mean.dtype == np.float32
+
+
+def test_shares_of_one_slide_are_the_mean_shares_of_its_spots(slides, processor: STPatchProcessor):
+    counts = slides["square"].X.toarray()
+    expected = (counts / counts.sum(1, keepdims=True)).mean(0)
+    numbers = processor.vocabulary.encode(slides["square"].var_names)
+    for image in (
+        processor.slide_to_image(slides["square"]),
+        STPatchProcessor(processor.vocabulary, target_sum=50).slide_to_image(slides["square"]),
+    ):
+        shares = gene_shares([image])
+        np.testing.assert_allclose(shares[numbers], expected, rtol=1e-4)
+        assert shares.dtype == np.float32
+
+
+def test_shares_are_those_of_all_genes_though_no_slide_measured_them_all(slides, processor: STPatchProcessor):
+    """Three panels that overlap, of the same spots: the fit must find the shares of the whole."""
+    whole, vocabulary = slides["square"], processor.vocabulary
+    panels = [whole[:, :90].copy(), whole[:, 30:].copy(), whole[:, 20:75].copy()]
+    shares = gene_shares([processor.slide_to_image(panel) for panel in panels])
+    expected = gene_shares([processor.slide_to_image(whole)])
+    assert shares.sum() == pytest.approx(1, abs=1e-5)
+    # Spots weigh alike within each panel, so that the fit is near the whole's shares, not equal to them.
+    np.testing.assert_allclose(shares, expected, rtol=0.1, atol=2e-4)
+    naive = np.zeros(len(vocabulary))
+    for panel in panels:
+        naive += gene_shares([processor.slide_to_image(panel)]) / 3
+    assert np.abs(shares - expected).sum() < 0.2 * np.abs(naive - expected).sum()
+
+
+def test_a_spot_or_slide_without_counts_has_no_share(slides, processor: STPatchProcessor):
+    empty = slides["square"].copy()
+    empty.X = empty.X * 0
+    image = processor.slide_to_image(slides["square"])
+    np.testing.assert_allclose(gene_shares([image, processor.slide_to_image(empty)]), gene_shares([image]), rtol=1e-6)
+    assert not gene_shares([processor.slide_to_image(empty)]).any()
 
 
 def test_vectors_span_the_leading_right_singular_space(corpus: list[SlideImage]):

@@ -7,8 +7,9 @@ from datetime import datetime
 import numpy as np
 import pytest
 
-from eval import report
-from eval.report import plot_ari, results_table, run_metadata, write_report
+from eval import results
+from eval.report import plot_ari, results_table, write_report
+from eval.results import run_metadata
 
 
 def _record(slide, features, probe, accuracy=0.5, ari=0.25, **extra):
@@ -65,7 +66,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rest(records, tmp_path,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report.os, "replace", interrupted)
+    monkeypatch.setattr(results.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_report(records, {"run": 2}, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["metadata"] == {"run": 1}
@@ -110,20 +111,20 @@ def _git(folder, *arguments):
 def test_the_commit_is_that_of_the_checkout(tmp_path):
     checkout = tmp_path / "checkout"
     checkout.mkdir()
-    assert report._commit(checkout) is None  # no repository
+    assert results._commit(checkout) is None  # no repository
     _git(checkout, "init")
-    assert report._commit(checkout) is None  # no commit yet
+    assert results._commit(checkout) is None  # no commit yet
     (checkout / "file").write_text("1")
     _git(checkout, "add", "file")
     _git(checkout, "commit", "-m", "one")
     head = _git(checkout, "rev-parse", "HEAD")
-    assert report._commit(checkout) == head
+    assert results._commit(checkout) == head
     (checkout / "results.json").write_text("{}")  # outputs do not make the code another
-    assert report._commit(checkout) == head
+    assert results._commit(checkout) == head
     (checkout / "file").write_text("2")
-    assert report._commit(checkout) == f"{head}-dirty"
+    assert results._commit(checkout) == f"{head}-dirty"
     (checkout / "copy").mkdir()
-    assert report._commit(checkout / "copy") is None  # another project's repository
+    assert results._commit(checkout / "copy") is None  # another project's repository
 
 
 def test_no_git_no_commit(monkeypatch, tmp_path):

@@ -211,17 +211,82 @@ def test_missing_nullable_position():
 
 
 def test_no_positions_at_all():
-    with pytest.raises(ValueError, match=r"looked in obs for array_row \+ array_col, array_y .* 10x13: add") as error:
+    looked_for = (
+        r"no array positions: looked for spot names .* obsm\[\"spatial\"\], .* array_row \+ array_col, .* y \+ x: add"
+    )
+    with pytest.raises(ValueError, match=looked_for):
         read_slide(with_positions())
-    assert "pixel" not in str(error.value)
+
+
+# Pixels alone: nine spots of a square array, in an order of their own
+
+ORDER = np.array([4, 0, 8, 2, 6, 1, 7, 3, 5])
+PIXEL_X, PIXEL_Y = ORDER % 3 * 50.25 + 3, ORDER // 3 * 50.25 + 7
+PIXEL_COLUMNS = [
+    ("pxl_row_in_fullres", "pxl_col_in_fullres"),
+    ("pxl_y", "pxl_x"),
+    ("pixel_y", "pixel_x"),
+    ("imagerow", "imagecol"),
+    ("y", "x"),
+]
+
+
+@pytest.mark.parametrize("width", [2, 3])
+@pytest.mark.parametrize("convert", [np.asarray, lambda xy: pd.DataFrame(xy, index=make_slide().obs_names)])
+def test_array_is_found_in_the_pixels(width, convert):
+    slide = with_positions()
+    slide.obsm["spatial"] = convert(np.stack([PIXEL_X, PIXEL_Y, np.arange(NUM_SPOTS)], axis=1)[:, :width])
+    result = read_slide(slide)
+    np.testing.assert_array_equal(result.obs["array_row"], ORDER // 3)
+    np.testing.assert_array_equal(result.obs["array_col"], ORDER % 3)
+    assert result.obs["array_row"].dtype == result.obs["array_col"].dtype == np.int64
+    np.testing.assert_array_equal(result.obsm["spatial"], slide.obsm["spatial"])
+
+
+@pytest.mark.parametrize(("y", "x"), PIXEL_COLUMNS)
+def test_array_is_found_in_pixel_columns(y, x):
+    result = read_slide(with_positions(**{y: PIXEL_Y, x: PIXEL_X}))
+    np.testing.assert_array_equal(result.obs["array_row"], ORDER // 3)
+    np.testing.assert_array_equal(result.obs["array_col"], ORDER % 3)
+
+
+def test_pixels_come_last_and_in_their_order():
+    names = [name for pair in PIXEL_COLUMNS for name in pair]
+    wrong = dict.fromkeys(names, np.zeros(NUM_SPOTS))
+    for index, (y, x) in enumerate(PIXEL_COLUMNS):
+        columns = {name: wrong[name] for name in names[2 * index :]} | {y: PIXEL_Y, x: PIXEL_X}
+        np.testing.assert_array_equal(read_slide(with_positions(**columns)).obs["array_col"], ORDER % 3)
+    slide = with_positions(**wrong)
+    slide.obsm["spatial"] = np.stack([PIXEL_X, PIXEL_Y], axis=1)
+    np.testing.assert_array_equal(read_slide(slide).obs["array_col"], ORDER % 3)
+    slide.obs_names = [f"{x}x{y}" for x, y in zip(COLS, ROWS, strict=True)]
+    np.testing.assert_array_equal(read_slide(slide).obs["array_col"], COLS)
+    slide.obs["row"], slide.obs["col"] = ROWS + 1, COLS + 1
+    np.testing.assert_array_equal(read_slide(slide).obs["array_col"], COLS + 1)
 
 
 @pytest.mark.parametrize("where", ["obsm", "obs"])
-def test_pixels_alone_do_not_define_the_array(where):
-    slide = with_positions(**({"pxl_x": ROWS, "pxl_y": COLS} if where == "obs" else {}))
+def test_pixels_on_no_array(tmp_path, where):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((2, NUM_SPOTS))
+    slide = with_positions(**({"pxl_x": x, "pxl_y": y} if where == "obs" else {}))
     if where == "obsm":
-        slide.obsm["spatial"] = np.ones((NUM_SPOTS, 2))
-    with pytest.raises(ValueError, match=r'pixel coordinates only.*add obs\["array_row"\].*tissue_positions\.csv'):
+        slide.obsm["spatial"] = np.stack([x, y], axis=1)
+    slide.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(
+        ValueError, match=r"cells\.h5ad: .*9 spots are no regular array .* bin segmented cells to a square"
+    ):
+        read_slide(tmp_path / "cells.h5ad")
+
+
+def test_pixels_must_be_finite():
+    x = PIXEL_X.copy()
+    x[3] = np.nan
+    with pytest.raises(ValueError, match=r'obs\["pixel_x"\] holds 1 values that are no finite number'):
+        read_slide(with_positions(pixel_x=x, pixel_y=PIXEL_Y))
+    slide = with_positions()
+    slide.obsm["spatial"] = np.stack([x, PIXEL_Y], axis=1)
+    with pytest.raises(ValueError, match="1 of 9 spots have pixel coordinates that are no finite numbers"):
         read_slide(slide)
 
 

@@ -29,16 +29,21 @@ class CorpusArguments:
         default=None,
         metadata={"help": "TSV with gene_id and gene_name; needed when slides mix Ensembl ids and symbols."},
     )
-    compaction: str = field(default="lattice", metadata={"help": "How array indices become a grid: lattice or rank."})
+    compaction: str = field(
+        default="lattice", metadata={"help": "How array indices become a grid: lattice, rank or minmax."}
+    )
     gene_selection: str = field(
         default="weighted", metadata={"help": "How a window's genes are drawn: weighted, variable or random."}
     )
     normalization: str = field(
         default="log1p", metadata={"help": "log1p values, or standardized ones (per gene, corpus mean and deviation)."}
     )
-    target_sum: float = field(
-        default=1e4,
-        metadata={"help": "Counts per spot after depth normalisation. Low values tell depth and biology better apart."},
+    target_sum: str = field(
+        default="10000",
+        metadata={
+            "help": "Counts per spot after depth normalisation; low values tell depth and biology better apart. Or "
+            "panel: 10,000 times the share of all counts that the corpus expects from the genes measured on a slide."
+        },
     )
     min_observed: float = field(
         default=0.2, metadata={"help": "Share of a training window's sites that should hold a spot."}
@@ -46,6 +51,13 @@ class CorpusArguments:
     coverage: float = field(
         default=2.0, metadata={"help": "How often an epoch covers every spot on average; sets windows per epoch."}
     )
+
+    def __post_init__(self) -> None:
+        if self.target_sum != "panel":
+            try:
+                self.target_sum = float(self.target_sum)
+            except ValueError as error:
+                raise ValueError(f"target_sum is {self.target_sum!r}: expected a number or panel.") from error
 
 
 @dataclass

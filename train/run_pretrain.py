@@ -21,7 +21,7 @@ from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from data_processing.corpus import find_slides, read_slides, save_pretraining, slide_images, vocabulary_of
-from data_processing.gene_statistics import gene_moments, leading_gene_vectors
+from data_processing.gene_statistics import gene_moments, gene_shares, leading_gene_vectors
 from data_processing.window_dataset import WindowDataset, windows_per_epoch
 from modeling_stimg import SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
 from modeling_stimg.embedding_stimg import embedding_options
@@ -34,9 +34,10 @@ logger = logging.get_logger("stimg")
 def build_processor(
     slides: dict[str, AnnData], corpus: CorpusArguments, model: ModelArguments, tell: bool
 ) -> tuple[STPatchProcessor, list[SlideImage]]:
-    """The processor over the slides' genes, with their means and deviations, and the slides as it sees them.
+    """The processor over the slides' genes, with their statistics, and the slides as it sees them.
 
-    Images do not depend on `normalization`, which applies to windows: one pass serves statistics and training.
+    Images do not depend on `normalization`, which applies to windows: one pass serves statistics and training. Only
+    `target_sum="panel"` takes a second one, because it needs the genes' shares first.
     """
     vocabulary = vocabulary_of(slides, corpus.gene_table)
     options = {
@@ -44,13 +45,16 @@ def build_processor(
         "num_channels": model.num_channels,
         "compaction": corpus.compaction,
         "gene_selection": corpus.gene_selection,
-        "target_sum": corpus.target_sum,
         "min_observed": corpus.min_observed,
     }
-    processor = STPatchProcessor(vocabulary, **options)
-    images = slide_images(slides, processor, tell=tell)
+    total = {"target_sum": 1e4 if corpus.target_sum == "panel" else corpus.target_sum}
+    images = slide_images(slides, STPatchProcessor(vocabulary, **options, **total), tell=tell)
+    vocabulary = vocabulary.with_statistics(share=gene_shares(images))
+    if corpus.target_sum == "panel":
+        total = {"target_sum": "panel"}
+        images = slide_images(slides, STPatchProcessor(vocabulary, **options, **total))
     vocabulary = vocabulary.with_statistics(*gene_moments(images))
-    return STPatchProcessor(vocabulary, normalization=corpus.normalization, **options), images
+    return STPatchProcessor(vocabulary, normalization=corpus.normalization, **options, **total), images
 
 
 def build_model(

@@ -1,0 +1,114 @@
+"""How fast are windows made, and how much memory does a large slide take?
+
+    python eval/run_throughput.py windows '$STIMG_DATA/slides/her2st_A2.h5ad' --output-dir runs/throughput
+    python eval/run_throughput.py memory --output-dir runs/memory
+
+`windows` times the sampler on one core, as a multiple of one weighted `np.bincount` over the same windows' non-zeros,
+beside the textbook's dense way, and on a GPU where there is one. `memory` embeds a phantom slide of half a million bins
+and tells the peak of anonymous memory. Both write `results.json` and `table.md`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from data_processing.corpus import find_slides, read_slides, slide_images, vocabulary_of
+from eval.results import markdown_table, run_metadata, write_results
+from eval.throughput import measure_memory, measure_resident, measure_windows, one_core
+from modeling_stimg import STPatchProcessor
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+OutputOption = Annotated[Path, typer.Option(help="Folder for results.json and table.md; made if missing.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the windows, or of the phantom and the model.", min=0)]
+
+
+@app.command()
+def windows(
+    slides: Annotated[list[str], typer.Argument(help="Slides: files or globs; $VARIABLES are expanded.")],
+    output_dir: OutputOption = Path("runs/throughput"),
+    gene_table: Annotated[
+        str | None, typer.Option(help="TSV with gene_id and gene_name: its genes are the vocabulary; else the slide's.")
+    ] = None,
+    window_size: Annotated[int, typer.Option(help="Side of a window, in sites.", min=1)] = 16,
+    num_channels: Annotated[int, typer.Option(help="Genes of a window.", min=1)] = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows a call.", min=1)] = 32,
+    num_batches: Annotated[int, typer.Option(help="Calls that are timed on the CPU; ten times that on a GPU.")] = 15,
+    seed: SeedOption = 0,
+) -> None:
+    """Time to make a window, as a multiple of one np.bincount."""
+    records, resident = [], []
+    options = {"window_size": window_size, "num_channels": num_channels}
+    for name, adata in read_slides(find_slides(slides)).items():
+        processor = STPatchProcessor(vocabulary_of({name: adata}, gene_table), **options)
+        (image,) = slide_images({name: adata}, processor)
+        with one_core():
+            records.append(measure_windows(image, processor, num_batches, batch_size, seed))
+        if torch.cuda.is_available():
+            resident.append(measure_resident(image, processor, "cuda", 10 * num_batches, batch_size, seed))
+    table = [
+        f"Windows of {window_size} x {window_size} x {num_channels} on one core; ratios to one weighted `np.bincount` "
+        f"over the same windows' non-zeros, medians of {num_batches} batches of {batch_size}.",
+        "",
+        *markdown_table(
+            ["slide", "non-zeros", "bincount", "a window", "ratio", "ratio, one by one", "ratio, textbook"],
+            [
+                [
+                    r["slide"],
+                    f"{r['non_zeros']:,.0f}",
+                    f"{r['bincount_ms']:.2f} ms",
+                    f"{r['batch_ms']:.2f} ms",
+                    *(f"{r[key]:.2f}" for key in ("batch_ratio", "single_ratio", "textbook_ratio")),
+                ]
+                for r in records
+            ],
+        ),
+    ]
+    if resident:
+        rows = [
+            [r["slide"], f"{r['windows_per_second']:,.0f}", f"{r['floor_windows_per_second']:,.0f}"] for r in resident
+        ]
+        header = ["slide", "windows/s", "windows/s at the memory's bandwidth"]
+        table += ["", f"Resident on {resident[0]['device']}.", "", *markdown_table(header, rows)]
+    text = "\n".join(table) + "\n"
+    metadata = run_metadata(seed, slides=[r["slide"] for r in records], batch_size=batch_size, **options)
+    write_results(output_dir, [*records, *resident], metadata, text)
+    print(text)
+
+
+@app.command()
+def memory(
+    output_dir: OutputOption = Path("runs/memory"),
+    num_bins: Annotated[int, typer.Option(help="Bins of the phantom slide.", min=1)] = 500_000,
+    num_genes: Annotated[int, typer.Option(help="Genes of the phantom slide.", min=1)] = 18_000,
+    genes_per_bin: Annotated[int, typer.Option(help="Non-zeros of a bin.", min=1)] = 200,
+    hidden_size: Annotated[int, typer.Option(help="Width of the model.", min=4)] = 128,
+    num_layers: Annotated[int, typer.Option(help="Layers of the encoder.", min=1)] = 2,
+    stride: Annotated[int, typer.Option(help="Sites between neighbouring windows, at most 16.", min=1)] = 16,
+    seed: SeedOption = 0,
+) -> None:
+    """Peak of anonymous memory from the CSR of a large slide to embeddings of all its bins."""
+    record = measure_memory(num_bins, num_genes, genes_per_bin, hidden_size, num_layers, stride, seed)
+    header = ["bins x genes", "non-zeros", "CSR", "peak, CSR included", "were it dense", "time"]
+    row = [
+        f"{num_bins:,} x {num_genes:,}",
+        f"{record['non_zeros']:,}",
+        *(f"{record[key]:.2f} GB" for key in ("csr_gb", "peak_gb", "dense_gb")),
+        f"{record['seconds']:.0f} s",
+    ]
+    text = (
+        "\n".join(["Anonymous memory (RssAnon), the libraries' included.", "", *markdown_table(header, [row])]) + "\n"
+    )
+    write_results(output_dir, [record], run_metadata(seed, hidden_size=hidden_size, stride=stride), text)
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
