@@ -23,32 +23,54 @@ def _stimg() -> None:
 
 @app.command()
 def inspect(
-    slide: SlideArgument,
+    slides: Annotated[
+        list[str], typer.Argument(help="Slides: .h5ad, Space Ranger output folders, legacy ST tables.", metavar="SLIDE")
+    ],
     model: Annotated[str | None, typer.Option(help="Folder or Hub id: tell how many genes it knows.")] = None,
+    genes: Annotated[Path | None, typer.Option(help="TSV with gene_id and gene_name, in place of a model.")] = None,
+    compaction: Annotated[str, typer.Option(help="lattice, rank or minmax.")] = "lattice",
+    window_size: Annotated[int, typer.Option(help="Side of the windows that are looked at.", min=1)] = 16,
+    table: Annotated[Path | None, typer.Option(help="Also write a row a slide to this TSV.")] = None,
 ) -> None:
-    """Tell what a slide holds and how it looks to a model, without changing anything."""
-    import numpy as np
+    """Tell what slides hold and how they look to a model, without changing anything."""
+    from dataclasses import asdict
 
-    from .compaction_stimg import compact, is_staggered
+    from tqdm.auto import tqdm
+
+    from .genes_stimg import GeneVocabulary
+    from .inspection import inspect_slide
     from .slides import read_slide
 
-    adata = read_slide(slide)
-    counts = np.asarray(adata.X.sum(axis=1)).ravel()
-    row, col = adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy()
-    grid_row, grid_col = compact(row, col, "lattice")
-    height, width = int(grid_row.max()) + 1, int(grid_col.max()) + 1
-    sites = len(np.unique(grid_row * width + grid_col))
-    lines = {
-        "spots": f"{adata.n_obs:,}" + (f" on {sites:,} sites" if sites < adata.n_obs else ""),
-        "genes": f"{adata.n_vars:,} (e.g. {', '.join(map(str, adata.var_names[:3]))})",
-        "counts per spot": f"median {np.median(counts):,.0f}, from {counts.min():,.0f} to {counts.max():,.0f}",
-        "array": f"{'staggered' if is_staggered(row, col) else 'square'}, {height} x {width} sites after compaction, "
-        f"{sites / (height * width):.0%} of them observed",
-    }
+    if model is not None and genes is not None:
+        raise ValueError("Both --model and --genes are given: pass one of them.")
+    vocabulary = None if genes is None else GeneVocabulary.from_table(genes)
     if model is not None:
-        lines["vocabulary"] = str(_load_processor(model).vocabulary.match(adata))
-    for name, value in lines.items():
-        typer.echo(f"{name + ':':<17}{value}")
+        vocabulary = _load_processor(model).vocabulary
+    rows = [
+        inspect_slide(read_slide(slide), vocabulary, compaction, window_size, Path(slide).name.split(".")[0])
+        for slide in tqdm(slides, desc="read slides", disable=len(slides) == 1)
+    ]
+    for row in rows:
+        array = f"{row.array}, {row.height} x {row.width} sites after compaction, {row.fill:.0%} of them observed"
+        lines = {
+            "spots": f"{row.spots:,}" + (f" on {row.sites:,} sites" if row.sites < row.spots else ""),
+            "genes": f"{row.genes:,}",
+            "counts per spot": f"median {row.median_counts:,.0f}, from {row.min_counts:,.0f} to {row.max_counts:,.0f}",
+            "array": array,
+            "fullest window": f"{row.fullest_window} of {window_size**2} sites",
+        }
+        if vocabulary is not None:
+            lines["vocabulary"] = f"{row.measured:,} of its genes measured, {row.unmatched:,} columns unmatched"
+        if len(rows) > 1:
+            typer.echo(row.slide)
+        for name, value in lines.items():
+            typer.echo(f"{name + ':':<17}{value}")
+    if table is not None:
+        import pandas as pd
+
+        temporary = table.with_name(f"{table.name}.tmp")
+        pd.DataFrame([asdict(row) for row in rows]).to_csv(temporary, sep="\t", index=False, float_format="%.4g")
+        temporary.replace(table)
 
 
 @app.command()

@@ -3,14 +3,23 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from anndata import AnnData
 
-from modeling_stimg import STImageMAEModel, STPatchProcessor, embed_slide, plot_domains
+from modeling_stimg import (
+    GeneVocabulary,
+    STImageMAEModel,
+    STPatchProcessor,
+    embed_slide,
+    plot_domains,
+    read_slide,
+)
 from modeling_stimg.plotting import save_figure
 
 
@@ -55,11 +64,63 @@ def test_embed_writes_the_slide_with_an_embedding_and_a_map(
 
 
 def test_inspect_tells_what_a_slide_holds(slide: Path, checkpoint: Path, slides: dict[str, AnnData]):
-    run = stimg("inspect", slide, "--model", checkpoint)
+    run = stimg("inspect", slide, "--model", checkpoint, "--window-size", 6)
     assert run.returncode == 0, run.stderr
     assert f"spots:           {slides['staggered'].n_obs}\n" in run.stdout
     assert "staggered, 14 x 12 sites" in run.stdout
-    assert "matched 120 of 120 genes" in run.stdout
+    assert "fullest window:  36 of 36 sites" in run.stdout
+    assert "120 of its genes measured, 0 columns unmatched" in run.stdout
+    by_rank = stimg("inspect", slide, "--compaction", "rank", "--window-size", 6)
+    assert "fullest window:  18 of 36 sites" in by_rank.stdout
+
+
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_inspect_writes_a_row_a_slide(slide: Path, slides: dict[str, AnnData], tmp_path: Path):
+    twice = slides["square"][[0, 1, 2, 3, 4, 4]].copy()
+    twice.obs_names_make_unique()
+    twice.var_names = [*twice.var_names[:110], *(f"foreign {i}" for i in range(10))]
+    twice.write_h5ad(tmp_path / "twice.h5ad")
+    rows = "".join(f"{gene}\t{gene}\n" for gene in slides["square"].var_names)
+    (tmp_path / "genes.tsv").write_text(f"gene_id\tgene_name\n{rows}")
+    run = stimg(
+        "inspect", slide, tmp_path / "twice.h5ad", "--genes", tmp_path / "genes.tsv", "--table", tmp_path / "t.tsv"
+    )
+    assert run.returncode == 0, run.stderr
+    table = pd.read_csv(tmp_path / "t.tsv", sep="\t", index_col="slide")
+    assert list(table.index) == ["slide", "twice"]
+    row = table.loc["twice"]
+    assert (row.spots, row.sites, row.genes, row.measured, row.unmatched) == (6, 5, 120, 110, 10)
+    assert row.fill == pytest.approx(5 / (row.height * row.width), rel=1e-3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["genes.tsv", "t.tsv", "twice.h5ad"]
+
+
+@pytest.mark.real_data
+def test_every_real_slide_becomes_an_image(real_data: Path, tmp_path: Path):
+    paths = sorted((real_data / "slides").glob("*.h5ad"))
+    tables = {}
+    for compaction in ("lattice", "rank"):
+        table = tmp_path / f"{compaction}.tsv"
+        genes = real_data / "genes" / "ensembl_symbol.tsv"
+        run = stimg("inspect", *paths, "--genes", genes, "--compaction", compaction, "--table", table)
+        assert run.returncode == 0, run.stderr
+        tables[compaction] = pd.read_csv(table, sep="\t", index_col="slide")
+    lattice, rank = tables["lattice"], tables["rank"]
+    assert list(lattice.index) == [path.stem for path in paths]
+    assert (lattice.sites < lattice.spots).sum() == 2, "two of the heart slides have spots that share a position"
+    assert (lattice.measured >= 0.85 * lattice.genes).all()
+    staggered = lattice.index[(lattice.array == "staggered") & (lattice.fill > 0.6)]
+    assert len(staggered) >= 7
+    assert (lattice.loc[staggered, "fullest_window"] == 256).all()
+    assert (rank.loc[staggered, "fullest_window"] == 128).all()
+    vocabulary = GeneVocabulary.from_table(genes)
+    for path in paths:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*stand on an array position")
+            image = STPatchProcessor(vocabulary).slide_to_image(read_slide(path), on_duplicate="first")
+        row = lattice.loc[path.stem]
+        assert (image.height, image.width, image.num_spots) == (row.height, row.width, row.sites), path
+        assert (image.num_genes, len(image.spot_of_obs)) == (row.measured, row.spots), path
+        assert np.isfinite(image.values).all(), path
 
 
 @pytest.mark.parametrize(
@@ -99,6 +160,8 @@ def test_inspect_tells_what_a_slide_holds(slide: Path, checkpoint: Path, slides:
             "--num-domains is 9999",
         ),
         (["inspect", "missing.h5ad"], "missing.h5ad"),
+        (["inspect", "{slide}", "--compaction", "hexagon"], "compaction is 'hexagon'"),
+        (["inspect", "{slide}", "--genes", "{slide}", "--model", "{model}"], "pass one of them"),
     ],
 )
 def test_mistakes_end_in_one_sentence_status_2_and_no_files(

@@ -1,0 +1,103 @@
+"""The benchmarks: that they compare like with like, run from the command line, and hold what they promise of memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.throughput import PeakMemory, binned_phantom, textbook_window, window_non_zeros
+from modeling_stimg import STPatchProcessor
+
+ROOT = Path(__file__).parents[1]
+LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "eval" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        check=False,
+    )
+
+
+def test_bincount_and_textbook_work_on_the_same_window(images, processor: STPatchProcessor):
+    image, corner = images["square"], (2, 3)
+    batch = processor(image, windows=[corner], genes=image.measured)
+    genes, values = window_non_zeros(image, corner, processor.window_size)
+    dense = batch["pixel_values"][0]
+    assert (dense != 0).sum() == len(genes)
+    sums = np.bincount(genes, values, minlength=image.pad_id)[image.measured]
+    np.testing.assert_allclose(sums, dense.sum((1, 2)), rtol=1e-5)
+    textbook = textbook_window(image, corner, processor.window_size, 20, np.random.default_rng(0))
+    assert textbook.shape == (20, 6, 6)
+    channels = {channel.tobytes() for channel in dense}
+    assert all(channel.tobytes() in channels for channel in textbook)
+
+
+def test_windows_benchmark_runs_from_the_command_line(slides, tmp_path: Path):
+    slides["square"].write_h5ad(tmp_path / "square.h5ad")
+    options = ("--window-size", 6, "--num-channels", 32, "--num-batches", 2, "--batch-size", 4)
+    run = run_script("run_throughput.py", "windows", tmp_path / "square.h5ad", "--output-dir", tmp_path, *options)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    record = results["records"][0]
+    assert record["slide"] == "square"
+    assert record["batch_ratio"] > 0
+    assert f"{record['batch_ratio']:.2f}" in (tmp_path / "table.md").read_text()
+    assert results["metadata"]["window_size"] == 6
+    run = run_script("run_throughput.py", "windows", tmp_path / "none.h5ad")
+    assert run.returncode == 2
+    assert "No slide matches" in run.stderr
+
+
+def test_panel_script_shows_that_a_cut_slide_keeps_its_values(tissue, tmp_path: Path):
+    for seed in range(3):
+        tissue.slide(seed, array="square", height=10, width=10).write_h5ad(tmp_path / f"s{seed}.h5ad")
+    run = run_script(
+        "run_panel.py",
+        *("--slide", tmp_path / "s0.h5ad", "--corpus", tmp_path / "s*.h5ad", "--num_genes", 60),
+        *("--output_dir", tmp_path / "out"),
+    )
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["metadata"]["corpus"] == ["s1", "s2"], "the slide itself is left out"
+    for record in results["records"]:
+        assert record["10,000: inflation"] == pytest.approx(1 / record["share_here"], rel=0.1)
+        assert record["panel: inflation"] == pytest.approx(1, abs=0.05)
+        assert record["panel: error"] < 0.3 * record["10,000: error"]
+
+
+@LINUX
+def test_peak_memory_sees_what_is_gone_at_the_end():
+    with PeakMemory() as memory:
+        before = memory.peak
+        array = np.ones(40_000_000)
+        del array
+    assert memory.peak - before > 300e6
+
+
+def test_binned_phantom_has_the_density_that_was_asked_for():
+    adata = binned_phantom(50, 40, 7, seed=0)
+    assert (np.diff(adata.X.indptr) == 7).all()
+    assert adata.X.has_canonical_format
+    assert adata.X.data.min() >= 1
+    with pytest.raises(ValueError, match="genes_per_bin is 50"):
+        binned_phantom(5, 40, 50, seed=0)
+
+
+@LINUX
+def test_half_a_million_bins_are_embedded_in_6_gb(tmp_path: Path):
+    """From CSR to embeddings, as large as Visium HD; a matrix of bins x genes would take 36 GB."""
+    run = run_script("run_throughput.py", "memory", "--output-dir", tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (record,) = json.loads((tmp_path / "results.json").read_text())["records"]
+    assert record["non_zeros"] >= 200 * 500_000
+    assert record["embedding"] == [500_000, 128]
+    assert record["finite"]
+    assert record["csr_gb"] < record["peak_gb"] < 6
