@@ -1,7 +1,9 @@
 r"""What `target_sum="panel"` mends: a slide cut to few genes, beside the same slide with all of them.
 
     python eval/run_panel.py --slide '$STIMG_DATA/slides/dlpfc_151673_g8513.h5ad' --output_dir runs/panel \
-        --corpus '$STIMG_DATA/slides/her2st_*.h5ad' '$STIMG_DATA/slides/dlpfc_*.h5ad' --num_genes 500
+        --corpus '$STIMG_DATA/slides/dlpfc_*.h5ad' '$STIMG_DATA/slides/her2st_*.h5ad' \
+        '$STIMG_DATA/slides/stahl*.h5ad' '$STIMG_DATA/slides/aspheart*.h5ad' \
+        --gene_table '$STIMG_DATA/genes/ensembl_symbol.tsv' --num_genes 500
 
 Counts per 10,000 over a few chosen genes are inflated against a whole transcriptome. Shares of genes are fitted to a
 corpus without the slide; the slide is cut to its most variable, its most counted and random genes, and the log1p values

@@ -105,8 +105,9 @@ class STPatchProcessor(BaseImageProcessor):
         min_observed: float = 0.2,
         **kwargs: Any,
     ):
-        for name in kwargs:
-            meant = get_close_matches(name, STPatchProcessorKwargs.__annotations__, 1, 0.8)
+        own = set(STPatchProcessorKwargs.__annotations__) - set(ImagesKwargs.__annotations__)
+        for name in set(kwargs) - set(STPatchProcessorKwargs.__annotations__):
+            meant = get_close_matches(name, own, 1, 0.8)
             if meant:  # any other name is kept, as transformers does
                 raise ValueError(f"There is no option {name}: {meant[0]} is meant?")
         super().__init__(**kwargs)
