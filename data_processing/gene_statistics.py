@@ -1,16 +1,20 @@
 """Statistics of genes over a corpus: mean, deviation, share of counts, and leading singular vectors."""
 
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import scipy.sparse as sp
 import torch
+from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from modeling_stimg import SlideImage
 
 DEVIATION_FLOOR = 0.1
 BLOCK_SPOTS = 1024
+BLOCK_ENTRIES = 1 << 22
 
 
 def gene_moments(images: Sequence[SlideImage]) -> tuple[np.ndarray, np.ndarray]:
@@ -24,49 +28,117 @@ def gene_moments(images: Sequence[SlideImage]) -> tuple[np.ndarray, np.ndarray]:
     num_genes = images[0].pad_id
     count, total, square = (np.zeros(num_genes) for _ in range(3))
     for image in images:
-        values = image.values.astype(np.float64)
         count[image.measured] += image.num_spots
-        total += np.bincount(image.indices, values, minlength=num_genes)
-        square += np.bincount(image.indices, values * values, minlength=num_genes)
+        for spots in _blocks_of_spots(image):
+            entries = slice(image.indptr[spots.start], image.indptr[spots.stop])
+            values, genes = np.asarray(image.values[entries], dtype=np.float64), image.indices[entries]
+            total += np.bincount(genes, values, minlength=num_genes)
+            square += np.bincount(genes, values * values, minlength=num_genes)
     count = np.maximum(count, 1)
     mean = total / count
     deviation = np.sqrt(np.maximum(square / count - mean * mean, 0))
     return mean.astype(np.float32), np.maximum(deviation, DEVIATION_FLOOR).astype(np.float32)
 
 
-def gene_shares(images: Sequence[SlideImage], num_iterations: int = 1000, tolerance: float = 1e-9) -> np.ndarray:
+def gene_shares(images: Sequence[SlideImage]) -> np.ndarray:
     """Share of a spot's counts that each gene would have if all genes of the corpus were measured.
 
     Slides that measure few genes say how these relate to one another, slides that measure more how they relate to
     the rest: shares are the maximum-likelihood fit of one multinomial of which every slide saw a part, each spot
-    with the same weight, by the MM iteration that Hunter (2004) gives for such models.
+    with the same weight. Warns where slides have no gene in common, whose shares nothing relates.
 
     Args:
         images: slides, with any `target_sum`.
-        num_iterations, tolerance: when to stop; the largest relative change of a slide's total.
 
     Returns:
         float32 (vocabulary,), sum 1; 0 for a gene that was never counted.
     """
-    num_genes = images[0].pad_id
-    weights, seen = np.zeros(len(images)), np.zeros(num_genes)
-    for i, image in enumerate(images):
-        counts = np.expm1(image.values.astype(np.float64))  # up to a factor of each spot
-        owner = np.repeat(np.arange(image.num_spots), np.diff(image.indptr))
-        library = np.bincount(owner, counts, minlength=image.num_spots)
-        weights[i] = np.count_nonzero(library)
-        seen += np.bincount(image.indices, counts / library[owner], minlength=num_genes)
-    share, totals = seen / max(seen.sum(), 1e-300), np.ones(len(images))
-    for _ in range(num_iterations):
-        expected = np.zeros(num_genes)
-        for image, weight, total in zip(images, weights, totals, strict=True):
-            expected[image.measured] += weight / max(total, 1e-300)
-        share = np.divide(seen, expected, out=np.zeros(num_genes), where=seen > 0)
-        share /= max(share.sum(), 1e-300)
-        previous, totals = totals, np.array([share[image.measured].sum() for image in images])
-        if np.abs(totals - previous).max() <= tolerance * totals.max():
-            break
+    groups: dict[bytes, int] = {}
+    measured, weights, seen = [], [], np.zeros(images[0].pad_id)
+    for image in images:
+        num_counted, shares = _spot_shares(image)
+        group = groups.setdefault(image.measured.tobytes(), len(measured))
+        if group == len(measured):
+            measured.append(image.measured)
+            weights.append(0)
+        weights[group] += num_counted
+        seen += shares
+    counted = seen > 0
+    member = np.zeros((len(measured), len(seen)), dtype=bool)
+    for row, genes in zip(member, measured, strict=True):
+        row[genes] = counted[genes]
+    kept = member.any(1) & (np.array(weights) > 0)
+    if not kept.any():
+        return np.zeros(len(seen), dtype=np.float32)
+    share = np.zeros(len(seen))
+    share[counted] = _fit_shares(member[kept][:, counted], np.array(weights, float)[kept], seen[counted])
     return share.astype(np.float32)
+
+
+def _spot_shares(image: SlideImage) -> tuple[int, np.ndarray]:
+    """Spots that were counted at all, and float64 (vocabulary,): their shares of counts by gene, added up."""
+    counted, total = 0, np.zeros(image.pad_id)
+    for spots in _blocks_of_spots(image):
+        entries = slice(image.indptr[spots.start], image.indptr[spots.stop])
+        counts = np.expm1(np.asarray(image.values[entries], dtype=np.float64))  # up to a factor of each spot
+        owner = np.repeat(np.arange(spots.stop - spots.start), np.diff(image.indptr[spots.start : spots.stop + 1]))
+        library = np.bincount(owner, counts, minlength=spots.stop - spots.start)
+        counted += np.count_nonzero(library)
+        total += np.bincount(image.indices[entries], counts / library[owner], minlength=image.pad_id)
+    return counted, total
+
+
+def _blocks_of_spots(image: SlideImage) -> Iterator[slice]:
+    """Consecutive spots, so few at a time that what is made of their non-zeros stays small."""
+    step = max(1, BLOCK_ENTRIES * image.num_spots // max(len(image.indices), 1))
+    for start in range(0, image.num_spots, step):
+        yield slice(start, min(start + step, image.num_spots))
+
+
+def _fit_shares(member: np.ndarray, weights: np.ndarray, seen: np.ndarray, num_iterations: int = 100) -> np.ndarray:
+    """Shares float64 (genes,) from which groups of slides saw parts.
+
+    With `T_s` the share that the genes of group s hold together, the likelihood is highest where
+    `a_g = seen_g / sum over groups with g of (weight_s / T_s)`; `T_s = sum of a_g` closes the circle. Iterating these
+    two is the MM algorithm of Hunter (2004), which a panel of small `T_s` makes crawl: Newton's method on log T does
+    not, and gives way to it wherever it would lower the likelihood.
+
+    Args:
+        member: bool (groups, genes), the genes that a group measured. weights: float64 (groups,), spots.
+        seen: float64 (genes,), shares of spots added up, all positive.
+    """
+    num_parts, part = connected_components(sp.csr_matrix(member.astype(np.float32) @ member.T))
+    if num_parts > 1:
+        lone = int((part != np.bincount(part).argmax()).sum())
+        warnings.warn(
+            f"{lone} of {len(member)} sets of measured genes have no gene in common with the others: how the shares of "
+            "the one relate to those of the other is a guess.",
+            UserWarning,
+            stacklevel=3,
+        )
+    member = member.astype(np.float64)
+
+    def shares_of(log_totals: np.ndarray) -> np.ndarray:
+        share = seen / ((weights * np.exp(-log_totals)) @ member)
+        return share / share.sum()
+
+    def likelihood(share: np.ndarray) -> float:
+        return float(seen @ np.log(share) - weights @ np.log(member @ share))
+
+    log_totals = np.zeros(len(weights))
+    for _ in range(num_iterations):
+        share = shares_of(log_totals)
+        step = np.log(member @ share) - log_totals
+        if np.abs(step - step.mean()).max() < 1e-10:
+            break
+        # d log(T_s of the shares) / d log_totals_t, up to the scale of all shares, which nothing depends on.
+        inverse = weights * np.exp(-log_totals)
+        pull = (member * (share / (inverse @ member))) @ (member.T * inverse) / (member @ share)[:, None]
+        newton = np.linalg.lstsq(np.eye(len(weights)) - pull, step, rcond=1e-12)[0]
+        proposed = log_totals + newton - newton.mean()
+        better = np.isfinite(proposed).all() and likelihood(shares_of(proposed)) > likelihood(share)
+        log_totals = proposed if better else log_totals + step
+    return shares_of(log_totals)
 
 
 def leading_gene_vectors(

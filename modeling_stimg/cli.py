@@ -43,34 +43,38 @@ def inspect(
 
     if model is not None and genes is not None:
         raise ValueError("Both --model and --genes are given: pass one of them.")
+    if table is not None and not table.parent.is_dir():
+        raise FileNotFoundError(f"The folder of {table} does not exist: make it first.")
     vocabulary = None if genes is None else GeneVocabulary.from_table(genes)
     if model is not None:
         vocabulary = _load_processor(model).vocabulary
-    rows = [
-        inspect_slide(read_slide(slide), vocabulary, compaction, window_size, Path(slide).name.split(".")[0])
-        for slide in tqdm(slides, desc="read slides", disable=len(slides) == 1)
-    ]
+    names = [Path(slide).name.split(".")[0] for slide in slides]
+    rows, failures = [], []
+    for slide, name in zip(tqdm(slides, desc="read slides", disable=len(slides) == 1), names, strict=True):
+        try:
+            # Two slides of one name, such as outs/, are told apart by their paths.
+            shown = name if names.count(name) == 1 else slide
+            rows.append(inspect_slide(read_slide(slide), vocabulary, compaction, window_size, shown))
+        except (ValueError, OSError, ImportError) as error:
+            message = " ".join(str(error).split())
+            failures.append(message if slide in message else f"{slide}: {message}")
     for row in rows:
-        array = f"{row.array}, {row.height} x {row.width} sites after compaction, {row.fill:.0%} of them observed"
-        lines = {
-            "spots": f"{row.spots:,}" + (f" on {row.sites:,} sites" if row.sites < row.spots else ""),
-            "genes": f"{row.genes:,}",
-            "counts per spot": f"median {row.median_counts:,.0f}, from {row.min_counts:,.0f} to {row.max_counts:,.0f}",
-            "array": array,
-            "fullest window": f"{row.fullest_window} of {window_size**2} sites",
-        }
-        if vocabulary is not None:
-            lines["vocabulary"] = f"{row.measured:,} of its genes measured, {row.unmatched:,} columns unmatched"
-        if len(rows) > 1:
+        if len(slides) > 1:
             typer.echo(row.slide)
-        for name, value in lines.items():
-            typer.echo(f"{name + ':':<17}{value}")
-    if table is not None:
+        for line, value in row.lines().items():
+            typer.echo(f"{line + ':':<17}{value}")
+    if table is not None and rows:
         import pandas as pd
 
         temporary = table.with_name(f"{table.name}.tmp")
-        pd.DataFrame([asdict(row) for row in rows]).to_csv(temporary, sep="\t", index=False, float_format="%.4g")
-        temporary.replace(table)
+        try:
+            pd.DataFrame([asdict(row) for row in rows]).to_csv(temporary, sep="\t", index=False, float_format="%.4g")
+            temporary.replace(table)
+        finally:
+            temporary.unlink(missing_ok=True)
+    if failures:
+        counted = f"{len(failures)} of {len(slides)} slides: " if len(slides) > 1 else ""
+        raise ValueError(counted + "; ".join(failures))
 
 
 @app.command()
@@ -94,8 +98,8 @@ def embed(
     import torch
 
     from .embedding import KEY_ADDED, embed_slide
-    from .embedding_stimg import usable_device
     from .plotting import check_figure_path, plot_domains, save_figure
+    from .slide_image_stimg import usable_device
     from .slides import read_slide
 
     if output.suffix != ".h5ad" or output.is_dir():

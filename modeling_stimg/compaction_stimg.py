@@ -74,10 +74,11 @@ def _rank(levels: np.ndarray) -> np.ndarray:
 
 def _stretch(levels: np.ndarray) -> np.ndarray:
     """Min-max scaling to 0 … MINMAX_RANGE, halves rounded up; in integers, where steps of at least 1 never merge."""
-    span = int(np.ptp(levels)) if levels.size else 0
-    if span == 0:
-        return np.zeros_like(levels)
-    return (2 * (levels - levels.min()) * max(MINMAX_RANGE, span) + span) // (2 * span)
+    levels = levels - levels.min(initial=levels[0] if levels.size else 0)
+    span = int(levels.max(initial=0))
+    if span == 0 or span >= MINMAX_RANGE:
+        return levels
+    return (2 * levels * MINMAX_RANGE + span) // (2 * span)
 
 
 __all__ = ["COMPACTIONS", "compact", "is_staggered"]

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .sampling_stimg import covering_corners
-from .slide_image_stimg import SlideImage
+from .slide_image_stimg import SlideImage, usable_device
 
 logger = logging.get_logger(__name__)
 
@@ -58,19 +58,6 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
             "would be left out."
         )
     return options
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """A device that tensors can be put on.
-
-    Raises:
-        ValueError: no such kind of device, or none of it here.
-    """
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f'The device "{device}" cannot be used here ({reason}): try "cpu".') from error
 
 
 @torch.no_grad()
@@ -131,11 +118,14 @@ def embed_image(
     encoder = model.base_model
     where = encoder.device if device is None else usable_device(device)
     home, was_training = encoder.device, encoder.training
+    # Windows are drawn with float64, which not every accelerator has.
+    sampler = where if where.type == "cuda" else torch.device("cpu")
     encoder.to(where).eval()
     try:
-        parts = _readout_means(encoder, processor, image, options, batch_size, where, seed, progress)
+        parts = _readout_means(encoder, processor, image, options, batch_size, where, sampler, seed, progress)
     finally:
         encoder.to(home).train(was_training)
+        image.release(sampler)
     embedding = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     if options["smoothing"] > 0:
         embedding = neighbourhood_mean(image, embedding, options["smoothing"])
@@ -149,6 +139,7 @@ def _readout_means(
     options: dict[str, Any],
     batch_size: int,
     device: torch.device,
+    sampler: torch.device,
     seed: int,
     progress: bool,
 ) -> list[np.ndarray]:
@@ -166,8 +157,7 @@ def _readout_means(
             seed=seed,
             first_window=start,
             gene_selection=options["gene_selection"],
-            # Windows are drawn with float64, which not every accelerator has.
-            device=device if device.type == "cuda" else "cpu",
+            device=sampler,
             return_tensors="pt",
         )
         spots = batch.pop("spot_index").flatten(1).cpu().numpy()  # (B, S*S)

@@ -22,6 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,8 @@ class GeneVocabulary:
         values = np.asarray(values, dtype=np.float32)
         if values.shape != (len(self.gene_ids),) or not np.isfinite(values).all():
             raise ValueError(f"{name} has shape {values.shape}: expected a finite value for each of {len(self)} genes.")
+        if name == "share" and values.min() < 0:
+            raise ValueError(f"share holds {values.min():.3g}: expected shares of all counts, none below 0.")
         return values
 
     def _build_lookup(self) -> dict[str, int]:
@@ -349,6 +352,11 @@ class GeneVocabulary:
     def sha256(self) -> str:
         """Fingerprint of `genes.json`, kept in `preprocessor_config.json`."""
         return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+
+    @cached_property
+    def ids_sha256(self) -> str:
+        """Fingerprint of the genes and their order alone: what makes gene numbers mean the same."""
+        return hashlib.sha256("\n".join(self.gene_ids).encode("utf-8")).hexdigest()
 
     def save(self, folder: str | os.PathLike) -> str:
         """Write `genes.json` into `folder`; returns its path."""

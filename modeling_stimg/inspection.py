@@ -17,7 +17,7 @@ class SlideInspection:
     Attributes:
         slide: its name. spots: rows of the AnnData. sites: occupied sites, fewer where spots share a position.
         array: "staggered" or "square". height, width: sites of the grid after compaction.
-        fill: share of the grid's sites that hold a spot. fullest_window: spots in the fullest window.
+        fill: share of the grid's sites that hold a spot. fullest_window: spots in the fullest window of `window_size`.
         median_counts, min_counts, max_counts: counts per spot.
         genes: columns of the AnnData. measured, unmatched: distinct genes of the vocabulary that the slide has, and
             columns that the vocabulary does not know; None without a vocabulary.
@@ -37,6 +37,23 @@ class SlideInspection:
     genes: int
     measured: int | None
     unmatched: int | None
+    window_size: int
+
+    def lines(self) -> dict[str, str]:
+        """The same in words, a line each."""
+        shared = f" on {self.sites:,} sites" if self.sites < self.spots else ""
+        grid = f"{self.height} x {self.width} sites after compaction, {self.fill:.0%} of them observed"
+        reach = f"from {self.min_counts:,.0f} to {self.max_counts:,.0f}"
+        lines = {
+            "spots": f"{self.spots:,}{shared}",
+            "genes": f"{self.genes:,}",
+            "counts per spot": f"median {self.median_counts:,.0f}, {reach}",
+            "array": f"{self.array}, {grid}",
+            "fullest window": f"{self.fullest_window} of {self.window_size**2} sites",
+        }
+        if self.measured is not None:
+            lines["vocabulary"] = f"{self.measured:,} of its genes measured, {self.unmatched:,} columns unmatched"
+        return lines
 
 
 def inspect_slide(
@@ -72,4 +89,5 @@ def inspect_slide(
         genes=adata.n_vars,
         measured=None if match is None else len(np.unique(match.ids[match.ids >= 0])),
         unmatched=None if match is None else match.num_genes - match.num_matched,
+        window_size=window_size,
     )

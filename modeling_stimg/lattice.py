@@ -55,6 +55,8 @@ def array_positions(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"the pixel coordinates have shape {pixels.shape}: expected x and y of every spot, (num_spots, 2)"
         )
+    if len(pixels) == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     bad = np.count_nonzero(~np.isfinite(pixels).all(axis=1))
     if bad:
         raise ValueError(

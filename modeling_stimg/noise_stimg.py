@@ -38,10 +38,14 @@ def _signed(word: int) -> int:
 def _mix(x: Any) -> Any:
     """SplitMix64's finaliser on an int64 array or tensor; multiplication wraps, shifts are logical."""
     if isinstance(x, np.ndarray):
-        x = x.view(np.uint64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
-        return (x ^ (x >> np.uint64(31))).view(np.int64)
+        x = x.astype(np.uint64)  # a copy, which is worked on in place
+        shifted = x >> np.uint64(30)
+        x ^= shifted
+        x *= np.uint64(_MIX_1)
+        x ^= np.right_shift(x, np.uint64(27), out=shifted)
+        x *= np.uint64(_MIX_2)
+        x ^= np.right_shift(x, np.uint64(31), out=shifted)
+        return x.view(np.int64)
     x = (x ^ ((x >> 30) & (_WORD >> 30))) * _signed(_MIX_1)
     x = (x ^ ((x >> 27) & (_WORD >> 27))) * _signed(_MIX_2)
     return x ^ ((x >> 31) & (_WORD >> 31))
@@ -77,7 +81,10 @@ def counter_uniform(key: Any, counters: Any) -> Any:
         key, counters: as in `counter_hash`, and the same bits in NumPy and torch.
     """
     bits = (counter_hash(key, counters) >> 12) & (_WORD >> 12)
-    return ((bits.astype(np.float64) if isinstance(bits, np.ndarray) else bits.double()) + 0.5) * 2.0**-52
+    uniform = bits.astype(np.float64) if isinstance(bits, np.ndarray) else bits.double()
+    uniform += 0.5
+    uniform *= 2.0**-52
+    return uniform
 
 
 def mask_noise(seed: int, window: int, shape: tuple[int, ...]) -> np.ndarray:

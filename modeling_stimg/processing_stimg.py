@@ -13,10 +13,12 @@
 # limitations under the License.
 """STPatchProcessor: slides and windows of slides as model input."""
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,10 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
 from .compaction_stimg import COMPACTIONS
+from .corpus_row_stimg import slide_image_from_row
 from .genes_stimg import GeneVocabulary
 from .sampling_stimg import GENE_SELECTIONS, draw_corners, make_windows
-from .slide_image_stimg import PANEL, SlideImage, slide_image_from_adata
+from .slide_image_stimg import PANEL, SlideImage, slide_image_from_adata, usable_device
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,12 @@ NORMALIZATIONS = {
     "standardized": Normalization(standardize, ("mean", "deviation")),
 }
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _whole_number(name: str, value: Any, least: int) -> int:
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} is {value!r}: expected a whole number from {least}.")
+    return int(value)
 
 
 class STPatchProcessorKwargs(ImagesKwargs, total=False):
@@ -105,10 +114,10 @@ class STPatchProcessor(BaseImageProcessor):
         min_observed: float = 0.2,
         **kwargs: Any,
     ):
-        own = set(STPatchProcessorKwargs.__annotations__) - set(ImagesKwargs.__annotations__)
-        for name in set(kwargs) - set(STPatchProcessorKwargs.__annotations__):
-            meant = get_close_matches(name, own, 1, 0.8)
-            if meant:  # any other name is kept, as transformers does
+        known = set(STPatchProcessorKwargs.__annotations__)
+        for name in kwargs:
+            meant = get_close_matches(name, sorted(known - set(ImagesKwargs.__annotations__)), 1, 0.8)
+            if meant and name not in known:  # any other name is kept, as transformers does
                 raise ValueError(f"There is no option {name}: {meant[0]} is meant?")
         super().__init__(**kwargs)
         self.vocabulary = vocabulary
@@ -119,7 +128,7 @@ class STPatchProcessor(BaseImageProcessor):
         self.normalization = normalization
         self.target_sum = target_sum
         self.min_observed = min_observed
-        self._statistics: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._statistics: dict[tuple[str, torch.device], tuple[np.ndarray, torch.Tensor]] = {}
         self._check_options()
 
     def _check_options(self) -> None:
@@ -131,10 +140,12 @@ class STPatchProcessor(BaseImageProcessor):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {allowed}.")
         for name in ("window_size", "num_channels"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number.")
-        if self.target_sum != PANEL and not (isinstance(self.target_sum, int | float) and self.target_sum > 0):
+            setattr(self, name, _whole_number(name, getattr(self, name), 1))
+        number = isinstance(self.target_sum, Real) and 0 < self.target_sum < math.inf
+        if not number and self.target_sum != PANEL:
             raise ValueError(f'target_sum is {self.target_sum!r}: expected a positive number or "{PANEL}".')
+        if number:
+            self.target_sum = float(self.target_sum)
         if not 0 <= self.min_observed <= 1:
             raise ValueError(f"min_observed is {self.min_observed}: expected a share between 0 and 1.")
         needed = {f'normalization="{self.normalization}"': NORMALIZATIONS[self.normalization].statistics}
@@ -154,14 +165,18 @@ class STPatchProcessor(BaseImageProcessor):
         """Compact a slide, match its genes and normalise its counts.
 
         Args:
-            adata: a slide as `read_slide` gives it: raw counts in `X`, integer `obs["array_row"]`, `["array_col"]`.
+            adata: a slide as `read_slide` gives it, an AnnData with raw counts in `X` and integer `obs["array_row"]`,
+                `["array_col"]`; or a row of a corpus, a mapping (see `slide_image_from_row`), whose counts are
+                normalised when windows are made of them.
             on_duplicate: two spots on one array position are an `"error"`, or the `"first"` is kept and the others
                 share its embedding, with one warning that counts them.
-            name: what messages call the slide.
+            name: what messages call the slide; a corpus row has its own.
 
         Raises:
             ValueError: no raw counts, no array indices, too few genes known, or spots on one position.
         """
+        if isinstance(adata, Mapping):
+            return slide_image_from_row(adata, self.vocabulary, self.compaction, self.target_sum)
         return slide_image_from_adata(adata, self.vocabulary, self.compaction, self.target_sum, on_duplicate, name)
 
     # ---------------------------------------------------------------- image -> windows
@@ -207,17 +222,17 @@ class STPatchProcessor(BaseImageProcessor):
             (B, S, S, 2), row and column in [0, 100]; `spot_index` int64 (B, S, S) into the image's spots, -1 = empty.
 
         Raises:
-            ValueError: windows outside the slide, unknown or repeated genes, or a seed below 0.
+            ValueError: windows outside the slide, or given beside `num_windows`; unknown or repeated genes; an unknown
+                `gene_selection`; a number that is not whole or too low; a device that cannot be used.
         """
         if not isinstance(image, SlideImage) and type(image).__name__ != "SlideImage":
             raise ValueError(
                 f"Got a {type(image).__name__}: expected a SlideImage; make one with processor.slide_to_image(adata)."
             )
-        if seed < 0 or first_window < 0:
-            raise ValueError(f"seed is {seed} and first_window {first_window}: expected integers from 0.")
-        if return_tensors != "pt" and torch.device(device).type != "cpu":
+        seed, first_window = (_whole_number(*pair, 0) for pair in (("seed", seed), ("first_window", first_window)))
+        if return_tensors != "pt" and device != "cpu" and usable_device(device).type != "cpu":
             raise ValueError(f'device is "{device}" and return_tensors {return_tensors!r}: expected "pt" there.')
-        size = self.window_size if window_size is None else window_size
+        size = self.window_size if window_size is None else _whole_number("window_size", window_size, 1)
         corners = self._corners(image, num_windows, windows, size, seed, first_window)
         arrays = make_windows(
             image,
@@ -245,12 +260,16 @@ class STPatchProcessor(BaseImageProcessor):
         first_window: int,
     ) -> list[tuple[int, int]]:
         if windows is None:
-            numbers = range(first_window, first_window + (1 if num_windows is None else num_windows))
+            count = 1 if num_windows is None else _whole_number("num_windows", num_windows, 0)
+            numbers = range(first_window, first_window + count)
             corners = draw_corners(image, size, self.min_observed, seed, numbers)
         else:
             if num_windows is not None:
                 raise ValueError("Both num_windows and windows are given: pass one of them.")
-            corners = [(int(top), int(left)) for top, left in windows]
+            places = np.asarray(windows)
+            if places.size and (places.ndim != 2 or places.shape[1] != 2 or places.dtype.kind not in "iu"):
+                raise ValueError(f"windows has shape {places.shape}, type {places.dtype}: expected integers (B, 2).")
+            corners = [(top, left) for top, left in places.tolist()]
         if not corners:
             raise ValueError("No windows were asked for: num_windows or windows must give at least one.")
         outside = [c for c in corners if not (0 <= c[0] < image.height and 0 <= c[1] < image.width)]
@@ -267,6 +286,8 @@ class STPatchProcessor(BaseImageProcessor):
             ValueError: a gene that the vocabulary lacks, or one that is given twice.
         """
         given = np.asarray(genes)
+        if given.ndim != 1:
+            raise ValueError(f"genes has shape {given.shape}: expected a list of names or of vocabulary numbers.")
         numbers = given.astype(np.int64) if given.dtype.kind in "iu" else self.vocabulary.encode(given.tolist())
         unknown = (numbers < 0) | (numbers >= len(self.vocabulary))
         if unknown.any():
@@ -293,10 +314,16 @@ class STPatchProcessor(BaseImageProcessor):
 
     def _statistic(self, name: str, device: torch.device) -> torch.Tensor:
         """float32 (len(vocabulary) + 1,): a gene statistic on a device; 1 for padding."""
-        if (name, device) not in self._statistics:
-            values = np.append(getattr(self.vocabulary, name), np.float32(1))
-            self._statistics[name, device] = torch.from_numpy(values).to(device)
-        return self._statistics[name, device]
+        values = getattr(self.vocabulary, name)
+        known, tensor = self._statistics.get((name, device), (None, None))
+        if known is not values:  # another vocabulary may have been set
+            tensor = torch.from_numpy(np.append(values, np.float32(1))).to(device)
+            self._statistics[name, device] = values, tensor
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process puts its own statistics on an accelerator.
+        return {**self.__dict__, "_statistics": {}}
 
     # ---------------------------------------------------------------- files
 

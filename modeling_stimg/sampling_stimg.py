@@ -31,8 +31,9 @@ from .window_entries_stimg import DeviceEntries, HostEntries
 
 GENE_SELECTIONS = ("weighted", "variable", "random")
 VARIANCE_EPS = 1e-6
-# Non-zeros that are worked on at once on an accelerator: about 40 bytes of temporaries each.
-ENTRIES_AT_ONCE = 1 << 26
+# Non-zeros, or genes of as many windows, that are worked on at once on an accelerator: about 50 bytes of temporaries
+# each.
+ENTRIES_AT_ONCE = 1 << 23
 
 
 # ---------------------------------------------------------------------------- windows
@@ -90,7 +91,7 @@ def select_genes(
         windows: number of each window.
 
     Returns:
-        int64 (B, min(num_channels, m)), ascending.
+        int64 (B, min(num_channels, m)), ascending; (1, m) for all windows where all genes fit.
     """
     if len(measured) <= num_channels:
         return measured[None]
@@ -106,7 +107,8 @@ def select_genes(
             cost = (np.log(cost) if in_numpy else cost.log()) / -(variances + VARIANCE_EPS)
     if in_numpy:
         return measured[np.stack([_lowest_of_row(row, num_channels) for row in cost])]
-    cut = cost.kthvalue(num_channels, dim=-1, keepdim=True).values
+    # Only the value of the last one matters; kthvalue would say it too, but not deterministically on every device.
+    cut = cost.topk(num_channels, dim=-1, largest=False).values[:, -1:]
     return measured[first_lowest(cost, cut, num_channels).nonzero()[:, 1]].view(-1, num_channels)
 
 
@@ -152,7 +154,7 @@ def make_windows(
         The tensors of the processor's `BatchFeature`, values not yet normalised.
 
     Raises:
-        ValueError: unknown `gene_selection`.
+        ValueError: unknown `gene_selection`, or a device that cannot be used.
     """
     if gene_selection not in GENE_SELECTIONS:
         raise ValueError(f"gene_selection is {gene_selection!r}: expected one of {GENE_SELECTIONS}.")
@@ -162,26 +164,27 @@ def make_windows(
     gene_ids = np.full(shape, image.pad_id)
     if genes is not None:
         gene_ids[:] = np.where(np.isin(genes, image.measured), genes, image.pad_id)
-    if not on_host(device):
+    in_numpy = on_host(device)
+    num_sites, at_once = window_size**2, 1
+    if not in_numpy:
         gene_ids = torch.from_numpy(gene_ids).to(device)
-    num_sites = window_size**2
-    pixel_values = torch.zeros((shape[0] * shape[1] + 1) * num_sites, device=device)
-    at_once = 1
-    if not on_host(device):
-        at_once = max(1, ENTRIES_AT_ONCE // (num_sites * int(np.diff(image.indptr).max(initial=1))))
+        fullest = num_sites * int(np.diff(image.indptr).max(initial=1))
+        at_once = max(1, ENTRIES_AT_ONCE // max(fullest, image.pad_id))
+    pixel_values = torch.zeros((shape[0] * shape[1] + 1) * num_sites, dtype=torch.float32, device=device)
     for first in range(0, len(corners), at_once):
         part = slice(first, first + at_once)
         spots = spot_index[part]
-        entries = HostEntries(image, spots) if on_host(device) else DeviceEntries(image, spots, device)
+        entries = HostEntries(image, spots) if in_numpy else DeviceEntries(image, spots, device)
         if genes is None:
             variances = entries.variances() if gene_selection != "random" else None
             chosen = select_genes(variances, measured, num_channels, gene_selection, seed, windows[part])
             gene_ids[part, : chosen.shape[1]] = chosen
         entries.rasterize(gene_ids[part], pixel_values, first, len(corners))
-    coordinates = image.coordinates[spot_index] * (spot_index >= 0)[..., None]  # -1 reads the last spot, times 0
+    # -1 reads the last row, which is one more than there are spots.
+    coordinates = np.concatenate([image.coordinates, np.zeros((1, 2), np.float32)])[spot_index]
     tensors = {
         "pixel_values": pixel_values[:-num_sites].view(*shape, window_size, window_size),
-        "gene_ids": torch.as_tensor(gene_ids),
+        "gene_ids": torch.from_numpy(gene_ids) if in_numpy else gene_ids,
         "coordinates": torch.from_numpy(coordinates).to(device),
         "spot_index": torch.from_numpy(spot_index).to(device),
     }

@@ -27,8 +27,21 @@ from .genes_stimg import GeneVocabulary
 ON_DUPLICATE = ("error", "first")
 PANEL = "panel"
 PANEL_TOTAL = 1e4
-# Non-zeros that are worked on at once while a slide becomes an image: about 60 bytes of temporaries each.
+# Non-zeros that are worked on at once while a slide becomes an image: about 110 bytes of temporaries each.
 BLOCK_ENTRIES = 1 << 22
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device that tensors can be put on, with its number: `"cuda"` is `cuda:0`, or whichever is current.
+
+    Raises:
+        ValueError: no such kind of device, or none of it here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'The device "{device}" cannot be used here ({reason}): try "cpu".') from error
 
 
 def on_host(device: str | torch.device) -> bool:
@@ -60,7 +73,7 @@ class SlideImage:
         height, width: sides of the grid, in sites.
         rows, cols: int64 (num_spots,), the site of every spot.
         indptr: int64 (num_spots + 1,). indices: int32 (nnz,). values: float32 (nnz,), log1p of counts per
-            `target_sum`.
+            `target_sum`; of a corpus row an array-like that computes them when they are read.
         measured: int64 (num_genes,), ascending vocabulary numbers of the genes that were measured on the slide.
         pad_id: number that stands for no gene, `len(vocabulary)`.
         obs_index: int64 (num_spots,), the source row of every spot.
@@ -131,14 +144,24 @@ class SlideImage:
         return self._corners[key]
 
     def arrays(self, device: str | torch.device = "cpu") -> SlideArrays:
-        """The slide's non-zeros on a device, put there once. On the CPU they are the NumPy arrays themselves."""
-        where = torch.device(device)
+        """The slide's non-zeros on a device, put there once. On the CPU they are the NumPy arrays themselves.
+
+        Raises:
+            ValueError: no such device here, or one without float64, which draws need.
+        """
+        where = torch.device("cpu") if device == "cpu" else usable_device(device)
+        if where.type == "mps":
+            raise ValueError(f'Windows cannot be made on "{device}", which has no float64: make them on "cpu".')
         if where not in self._arrays:
             arrays = self.indices, self.values, self.measured
             if not on_host(where):
-                arrays = [torch.tensor(array, device=where) for array in arrays]
+                arrays = [torch.tensor(np.asarray(array), device=where) for array in arrays]
             self._arrays[where] = SlideArrays(*arrays)
         return self._arrays[where]
+
+    def release(self, device: str | torch.device) -> None:
+        """Forget the copies on a device that `arrays` made."""
+        self._arrays.pop(usable_device(device), None)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process puts its own arrays on an accelerator.
@@ -264,10 +287,8 @@ def _expression(
     """CSR of log1p values over vocabulary numbers, spots in the order of `obs_index`; a block of spots at a time."""
     source_indptr, columns, counts = csr_arrays(matrix)
     check_counts(counts)
-    # The library is all that was measured, also genes that the vocabulary lacks; of a panel, what the vocabulary
-    # knows, because nothing is known of how much the rest should hold.
-    in_library = gene_of_column >= 0 if target_sum == PANEL else np.ones(len(gene_of_column), dtype=bool)
-    total = PANEL_TOTAL * float(vocabulary.share[measured].sum()) if target_sum == PANEL else float(target_sum)
+    of_all, of_matched = np.ones(len(gene_of_column), dtype=bool), gene_of_column >= 0
+    in_library, total = total_of(target_sum, vocabulary, measured, of_all, of_matched)
 
     lengths = np.diff(source_indptr)[obs_index]
     indices = np.empty(lengths.sum(), dtype=np.int32)  # at most: foreign genes are left out
@@ -287,6 +308,28 @@ def _expression(
         indices[start : start + len(genes)] = genes
         values[start : start + len(genes)] = np.log1p(entry_counts * (total / np.maximum(library, 1))[owner])
     return indptr, indices[: indptr[-1]], values[: indptr[-1]]
+
+
+def total_of(
+    target_sum: float | str, vocabulary: GeneVocabulary, measured: np.ndarray, all_genes: Any, matched_genes: Any
+) -> tuple[Any, float]:
+    """What counts as a spot's library, and what it is scaled to.
+
+    The library is all that was measured, also genes that the vocabulary lacks (`all_genes`); of a panel it is what the
+    vocabulary knows (`matched_genes`), because nothing is known of how much the rest should hold.
+
+    Raises:
+        ValueError: a panel of genes that the corpus never counted.
+    """
+    if target_sum != PANEL:
+        return all_genes, float(target_sum)
+    total = PANEL_TOTAL * float(vocabulary.share[measured].sum())
+    if not total > 0:
+        raise ValueError(
+            f'target_sum="{PANEL}": the corpus expects no counts from the {len(measured):,} genes that were measured '
+            "here, because none of its slides counted them; give a number instead."
+        )
+    return matched_genes, total
 
 
 def _blocks(lengths: np.ndarray, block_entries: int) -> list[slice]:
@@ -348,5 +391,7 @@ __all__ = [
     "csr_arrays",
     "on_host",
     "slide_image_from_adata",
+    "total_of",
+    "usable_device",
     "window_counts",
 ]

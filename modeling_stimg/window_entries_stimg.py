@@ -29,6 +29,9 @@ import torch
 from .slide_image_stimg import SlideImage
 
 BLOCK_ENTRIES = 1 << 16
+# Variances are rounded to multiples of this. It is far above what the order of addition changes in the last bits, so
+# that no device can tell two genes of equal variance apart, and far below what could matter to a draw.
+VARIANCE_STEP = 2.0**-34
 
 _scratch = threading.local()
 
@@ -87,39 +90,44 @@ class HostEntries:
         total = int(lengths.sum())
         genes, values = scratch("genes", total, np.int64), scratch("values", total, np.float32)
         # Spots stand in grid order, so each row of a window is one run of the CSR arrays: copied as a whole.
-        last = np.flatnonzero(np.diff(spots, append=-1) != 1)
-        first = np.append(0, last[:-1] + 1)[: len(last)]
-        runs = [slice(0, 0), *map(slice, starts[first].tolist(), ends[last].tolist())]
+        last = [*np.flatnonzero(spots[1:] - spots[:-1] != 1).tolist(), len(spots) - 1][: len(spots)]
+        first = [0, *(spot + 1 for spot in last[:-1])]
+        begin, end = starts.tolist(), ends.tolist()
+        runs = [slice(0, 0), *(slice(begin[a], end[b]) for a, b in zip(first, last, strict=False))]
         np.concatenate([image.indices[run] for run in runs], out=genes)
-        np.concatenate([image.values[run] for run in runs], out=values)
+        if isinstance(image.values, np.ndarray):
+            np.concatenate([image.values[run] for run in runs], out=values)
+        else:
+            image.values.read(runs, spots, lengths, values)
         # Blocks of whole spots: genes, values, the spots' sites, their numbers of non-zeros.
         self.blocks: list[tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]] = []
         spot = entry = size = 0
-        for row_end, run in zip((last + 1).tolist(), runs[1:], strict=True):
+        for row_end, run in zip(last, runs[1:], strict=True):
             size += run.stop - run.start
-            if size >= BLOCK_ENTRIES or row_end == len(spots):
-                part, spot_part = slice(entry, entry + size), slice(spot, row_end)
+            if size >= BLOCK_ENTRIES or row_end == last[-1]:
+                part, spot_part = slice(entry, entry + size), slice(spot, row_end + 1)
                 self.blocks.append((torch.from_numpy(genes[part]), values[part], sites[spot_part], lengths[spot_part]))
-                spot, entry, size = row_end, entry + size, 0
+                spot, entry, size = row_end + 1, entry + size, 0
 
     def variances(self) -> np.ndarray:
-        """float64 (1, num_genes): variance over the observed spots of every gene, zeros included.
-
-        Squares are taken in float32: their float64 sums are then exact, so that no order of addition, and so no
-        device, can tell two genes of equal variance apart.
-        """
+        """float64 (1, num_genes): variance over the observed spots of every gene, zeros included, rounded."""
         # A value and its square as one complex number: one pass over the genes adds up both. torch adds faster than
         # np.bincount, in the same memory.
-        sums = torch.zeros(self.num_genes, dtype=torch.complex128)
+        sums = torch.zeros(self.num_genes, dtype=torch.complex128, device="cpu")
         for genes, values, _, _ in self.blocks:
             pairs = scratch("pairs", 2 * len(values), np.float64).reshape(-1, 2)
-            pairs[:, 0] = values
-            np.multiply(values, values, out=pairs[:, 1], dtype=np.float32)
+            wide = scratch("wide", len(values), np.float64)
+            np.copyto(wide, values)
+            pairs[:, 0] = wide
+            np.multiply(wide, wide, out=pairs[:, 1])
             sums.scatter_add_(0, genes, torch.from_numpy(pairs.view(np.complex128)[:, 0]))
         moments = sums.numpy().view(np.float64).reshape(-1, 2)
         moments /= max(self.num_spots, 1)
         mean = moments[:, 0].copy()
         variances = moments[:, 1] - mean * mean
+        variances /= VARIANCE_STEP
+        np.rint(variances, out=variances)
+        variances *= VARIANCE_STEP
         return np.maximum(variances, 0, out=variances)[None]
 
     def rasterize(self, gene_ids: np.ndarray, pixel_values: torch.Tensor, first_window: int, num_windows: int) -> None:
@@ -169,10 +177,12 @@ class DeviceEntries:
     def variances(self) -> torch.Tensor:
         """float64 (B, num_genes); see `HostEntries.variances`."""
         sums = torch.zeros(2, len(self.num_spots) * self.num_genes, dtype=torch.float64, device=self.values.device)
-        sums[0].scatter_add_(0, self.cell, self.values.double())
-        sums[1].scatter_add_(0, self.cell, self.values.square().double())
+        values = self.values.double()
+        sums[0].scatter_add_(0, self.cell, values)
+        sums[1].scatter_add_(0, self.cell, values.square_())
         mean, square = sums.view(2, -1, self.num_genes) / self.num_spots
-        return (square - mean * mean).clamp_(min=0)
+        variances = (square - mean * mean).div_(VARIANCE_STEP).round_().mul_(VARIANCE_STEP)
+        return variances.clamp_(min=0)
 
     def rasterize(
         self, gene_ids: torch.Tensor, pixel_values: torch.Tensor, first_window: int, num_windows: int

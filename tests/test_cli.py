@@ -94,6 +94,20 @@ def test_inspect_writes_a_row_a_slide(slide: Path, slides: dict[str, AnnData], t
     assert sorted(p.name for p in tmp_path.iterdir()) == ["genes.tsv", "t.tsv", "twice.h5ad"]
 
 
+def test_inspect_names_the_bad_slide_and_tells_the_others(slide: Path, slides: dict[str, AnnData], tmp_path: Path):
+    (tmp_path / "bad.h5ad").write_text("no slide")
+    (tmp_path / "again").mkdir()
+    slides["square"].write_h5ad(tmp_path / "again" / "slide.h5ad")
+    paths = slide, tmp_path / "bad.h5ad", tmp_path / "again" / "slide.h5ad"
+    run = stimg("inspect", *paths, "--table", tmp_path / "t.tsv")
+    assert run.returncode == 2
+    assert "error: 1 of 3 slides:" in run.stderr
+    assert "bad.h5ad" in run.stderr
+    table = pd.read_csv(tmp_path / "t.tsv", sep="\t")
+    assert table["slide"].tolist() == [str(slide), str(paths[2])], "two slides of one name are told apart"
+    assert table["spots"].tolist() == [slides["staggered"].n_obs, slides["square"].n_obs]
+
+
 @pytest.mark.real_data
 def test_every_real_slide_becomes_an_image(real_data: Path, tmp_path: Path):
     paths = sorted((real_data / "slides").glob("*.h5ad"))
@@ -160,6 +174,7 @@ def test_every_real_slide_becomes_an_image(real_data: Path, tmp_path: Path):
             "--num-domains is 9999",
         ),
         (["inspect", "missing.h5ad"], "missing.h5ad"),
+        (["inspect", "{slide}", "--table", "{out}/no/t.tsv"], "does not exist"),
         (["inspect", "{slide}", "--compaction", "hexagon"], "compaction is 'hexagon'"),
         (["inspect", "{slide}", "--genes", "{slide}", "--model", "{model}"], "pass one of them"),
     ],

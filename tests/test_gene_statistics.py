@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_processing.gene_statistics import DEVIATION_FLOOR, gene_moments, gene_shares, leading_gene_vectors
-from modeling_stimg import SlideImage, STPatchProcessor
+from modeling_stimg import GeneVocabulary, SlideImage, STPatchProcessor
 
 
 @pytest.fixture
@@ -59,6 +59,25 @@ def test_shares_are_those_of_all_genes_though_no_slide_measured_them_all(slides,
     for panel in panels:
         naive += gene_shares([processor.slide_to_image(panel)]) / 3
     assert np.abs(shares - expected).sum() < 0.2 * np.abs(naive - expected).sum()
+
+
+@pytest.mark.parametrize("low", [0.05, 0.0005])
+def test_shares_of_a_panel_of_rare_genes_are_found(tissue, low: float):
+    """A panel that holds hardly any counts says nothing of the whole: the slide with all genes alone decides."""
+    whole = tissue.slide(0, array="square", height=20, width=20, median_counts=4000)
+    processor = STPatchProcessor(GeneVocabulary(list(whole.var_names)))
+    totals = np.asarray(whole.X.sum(0)).ravel()
+    rare = np.argsort(totals)[: max(50, np.searchsorted(np.cumsum(np.sort(totals)) / totals.sum(), low))]
+    broad, panel = processor.slide_to_image(whole), processor.slide_to_image(whole[:, np.sort(rare)].copy())
+    together, alone = gene_shares([broad, *[panel] * 5]), gene_shares([broad])
+    assert together[panel.measured].sum() == pytest.approx(alone[panel.measured].sum(), rel=0.02)
+
+
+def test_slides_without_a_common_gene_are_told(slides, processor: STPatchProcessor):
+    parts = [processor.slide_to_image(slides["square"][:, part].copy()) for part in (slice(0, 60), slice(60, 120))]
+    with pytest.warns(UserWarning, match="1 of 2 sets of measured genes have no gene in common"):
+        shares = gene_shares(parts)
+    assert shares.sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_spot_or_slide_without_counts_has_no_share(slides, processor: STPatchProcessor):

@@ -46,4 +46,5 @@ def test_known_values_do_not_move():
     """A change of these changes every seeded result that was ever published."""
     assert stream_key(0, 0, 1) == 6235967106033911276
     assert counter_hash(stream_key(7, 3, 1), np.arange(2)).tolist() == [9039918076914087103, 2273161980084142884]
+    assert (mask_noise(7, 3, (2, 2)) * 2**24).tolist() == [[4106017.0, 15924673.0], [16699448.0, 13328340.0]]
     assert window_uniforms(7, 3) == tuple(np.random.default_rng([7, 3]).random(2))

@@ -1,6 +1,7 @@
 """The processor: batches that depend on (seed, window) alone, options, files."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +123,35 @@ def test_panel_scales_by_the_share_that_the_corpus_expects(slides, vocabulary: G
         part = slice(image.indptr[spot], image.indptr[spot + 1])
         dense[spot, image.indices[part]] = image.values[part]
     np.testing.assert_allclose(dense[:, genes[matched]], expected, rtol=1e-5)
+    nothing = vocabulary.with_statistics(share=np.zeros(len(vocabulary)))
+    with pytest.raises(ValueError, match="the corpus expects no counts from the 58 genes"):
+        STPatchProcessor(nothing, target_sum="panel").slide_to_image(panel)
+    with pytest.raises(ValueError, match="none below 0"):
+        vocabulary.with_statistics(share=np.full(len(vocabulary), -1))
     with pytest.raises(ValueError, match='target_sum="panel" needs the share of every gene'):
         STPatchProcessor(vocabulary, target_sum="panel")
+
+
+def test_numbers_of_numpy_serve_as_well(images, vocabulary: GeneVocabulary, tmp_path: Path):
+    processor = STPatchProcessor(
+        vocabulary, window_size=np.int64(6), num_channels=np.int32(16), target_sum=np.float32(500)
+    )
+    processor.save_pretrained(tmp_path)
+    assert STPatchProcessor.from_pretrained(tmp_path).target_sum == 500.0
+    far = {"seed": np.int64(2**63 - 1), "first_window": np.int64(2**63 - 2), "num_windows": 4}
+    assert processor(images["square"], **far)["gene_ids"].shape == (4, 16)
+
+
+def test_another_vocabulary_brings_its_own_statistics(images, vocabulary: GeneVocabulary):
+    ones, zeros = np.ones(len(vocabulary)), np.zeros(len(vocabulary))
+    processor = STPatchProcessor(
+        vocabulary.with_statistics(zeros, ones), window_size=6, num_channels=8, normalization="standardized"
+    )
+    before = processor(images["square"], num_windows=1)["pixel_values"]
+    processor.vocabulary = vocabulary.with_statistics(ones, ones)
+    after = pickle.loads(pickle.dumps(processor))(images["square"], num_windows=1)
+    expected = (before - 1) * after["pixel_mask"][:, None]
+    np.testing.assert_allclose(after["pixel_values"], expected, rtol=1e-6)
 
 
 def test_file_round_trip_gives_the_same_windows(tmp_path: Path, images, vocabulary: GeneVocabulary):
@@ -156,6 +184,8 @@ def test_gene_file_of_another_model_is_refused(tmp_path: Path, processor: STPatc
         ({"window_size": 0}, "window_size is 0"),
         ({"min_observed": 2}, "min_observed is 2"),
         ({"target_sum": 0}, "target_sum is 0"),
+        ({"target_sum": float("inf")}, "target_sum is inf"),
+        ({"num_channels": 2.5}, "num_channels is 2.5"),
         ({"target_sum": "median"}, "target_sum is 'median': expected a positive number or \"panel\""),
         ({"windowsize": 3}, "no option windowsize: window_size is meant"),
     ],
@@ -173,9 +203,17 @@ def test_bad_options_get_one_clear_sentence(vocabulary: GeneVocabulary, options:
         ({"windows": []}, "at least one"),
         ({"genes": ["nonsense"]}, "not in the vocabulary"),
         ({"genes": [1, 1]}, "given twice"),
-        ({"seed": -1}, "expected integers from 0"),
+        ({"seed": -1}, "seed is -1: expected a whole number from 0"),
         ({"gene_selection": "best"}, "gene_selection is 'best'"),
-        ({"device": "cuda"}, 'device is "cuda" and return_tensors None'),
+        ({"device": "meta"}, 'device is "meta" and return_tensors None'),
+        ({"device": "gpu", "return_tensors": "pt"}, 'The device "gpu" cannot be used here'),
+        ({"window_size": 0}, "window_size is 0: expected a whole number from 1"),
+        ({"window_size": 2.5}, "window_size is 2.5"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"num_windows": -1}, "num_windows is -1"),
+        ({"genes": "G001"}, "expected a list of names"),
+        ({"windows": [(1,)]}, r"expected integers \(B, 2\)"),
+        ({"windows": [(0.7, 1.2)]}, r"expected integers \(B, 2\)"),
     ],
 )
 def test_bad_calls_get_one_clear_sentence(images, processor: STPatchProcessor, call: dict, message: str):

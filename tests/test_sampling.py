@@ -5,6 +5,7 @@ import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -38,22 +39,26 @@ def random_images(draw) -> SlideImage:
 
 
 def plain_selection(image: SlideImage, spots: list[int], channels: int, rule: str, seed: int, window: int) -> list[int]:
-    """Genes of a window, one after another, in plain Python."""
-    columns = {int(g): [np.float32(0)] * len(spots) for g in image.measured}
+    """Genes of a window, one after another, in plain Python; variances in exact fractions."""
+    columns = {int(g): [Fraction(0)] * len(spots) for g in image.measured}
     for place, spot in enumerate(spots):
         for position in range(image.indptr[spot], image.indptr[spot + 1]):
-            columns[int(image.indices[position])][place] = image.values[position]
+            columns[int(image.indices[position])][place] = Fraction(float(image.values[position]))
     key, costs = stream_key(seed, window, GENE_STREAM), {}
     for gene, values in columns.items():
-        mean = sum(map(float, values)) / max(len(values), 1)
-        variance = max(sum(float(v * v) for v in values) / max(len(values), 1) - mean * mean, 0.0)
+        mean = sum(values) / max(len(values), 1)
+        variance = float(sum(v * v for v in values) / max(len(values), 1) - mean * mean)
         uniform = float(counter_uniform(key, np.array([gene]))[0])
         costs[gene] = {
             "variable": -variance,
             "random": uniform,
             "weighted": -math.log(uniform) / (variance + VARIANCE_EPS),
         }[rule]
-    return sorted(sorted(costs, key=lambda gene: (costs[gene], gene))[:channels])
+    order = sorted(costs, key=lambda gene: (costs[gene], gene))
+    if rule == "variable" and channels < len(order):  # almost equal, but not equal: either would be right
+        gap = costs[order[channels]] - costs[order[channels - 1]]
+        assume(gap == 0 or gap > 1e-9)
+    return sorted(order[:channels])
 
 
 def plain_window(image: SlideImage, corner: tuple[int, int], size: int, genes: list[int]) -> dict[str, np.ndarray]:
@@ -140,11 +145,64 @@ def test_empty_sites_and_padding_are_zero_and_masked(image, normalization: str, 
             assert (image.rows[spot] - i, image.cols[spot] - j) == ((0, 0), (image.height - 1, 0))[b]
 
 
+@pytest.mark.parametrize("in_torch", [False, True])
+def test_genes_that_do_not_vary_are_equals(processor: STPatchProcessor, images, request, in_torch: bool):
+    """One spot, or spots all alike: every variance is 0, so that ties go by number and chance is even."""
+    if in_torch:
+        request.getfixturevalue("torch_path")
+    image = images["square"]
+    values, spots = image.values, image.num_spots
+    row = slice(image.indptr[0], image.indptr[1])
+    alike = replace(
+        image,
+        indptr=np.arange(spots + 1) * len(values[row]),
+        indices=np.tile(image.indices[row], spots),
+        values=np.tile(values[row], spots),
+    )
+    for slide, size in ((replace(image), 1), (alike, 6)):
+        batch = processor(slide, num_windows=4, window_size=size, gene_selection="variable", return_tensors="pt")
+        assert batch["gene_ids"].tolist() == [image.measured[:32].tolist()] * 4
+        drawn = processor(slide, num_windows=2000, window_size=size, seed=1, return_tensors="pt")["gene_ids"]
+        counts = np.bincount(drawn.ravel(), minlength=120)[image.measured]
+        assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_defaults_of_torch_do_not_reach_the_windows(images, processor: STPatchProcessor):
+    expected = processor(images["square"], num_windows=2, return_tensors="pt")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            batch = processor(images["square"], num_windows=2, return_tensors="pt")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key in KEYS:
+        assert torch.equal(batch[key], expected[key])
+        assert batch[key].dtype == expected[key].dtype
+
+
 @pytest.fixture
 def torch_path(monkeypatch: pytest.MonkeyPatch):
     """Windows made as on an accelerator, with tensors on the CPU in its place."""
     monkeypatch.setattr("modeling_stimg.sampling_stimg.on_host", lambda device: False)
     monkeypatch.setattr("modeling_stimg.slide_image_stimg.on_host", lambda device: False)
+
+
+@given(random_images(), st.sampled_from(["weighted", "variable", "random"]), st.integers(1, 9), st.integers(1, 70))
+@settings(deadline=None, max_examples=60)
+def test_torch_and_numpy_make_the_same_windows_of_any_slide(image, rule: str, size: int, channels: int):
+    rng = np.random.default_rng(0)
+    vocabulary = GeneVocabulary(GENES, mean=rng.random(len(GENES)), deviation=rng.random(len(GENES)) + 0.1)
+    processor = STPatchProcessor(
+        vocabulary, window_size=size, num_channels=channels, gene_selection=rule, normalization="standardized"
+    )
+    call = {"windows": [(0, 0), (image.height - 1, 0), (0, image.width - 1)], "seed": 9, "return_tensors": "pt"}
+    in_numpy = processor(image, **call)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_stimg.sampling_stimg.on_host", lambda device: False)
+        patch.setattr("modeling_stimg.slide_image_stimg.on_host", lambda device: False)
+        in_torch = processor(replace(image), **call)
+    for key in KEYS:
+        assert torch.equal(in_torch[key], in_numpy[key]), key
 
 
 @pytest.mark.parametrize("rule", ["weighted", "variable", "random", "given"])
@@ -153,7 +211,7 @@ def test_torch_and_numpy_make_the_same_windows(
     images, processor: STPatchProcessor, torch_path, monkeypatch: pytest.MonkeyPatch, rule: str, at_once: int
 ):
     image = images["staggered"]
-    fullest = int(np.diff(image.indptr).max()) * processor.window_size**2
+    fullest = max(int(np.diff(image.indptr).max()) * processor.window_size**2, image.pad_id)
     monkeypatch.setattr("modeling_stimg.sampling_stimg.ENTRIES_AT_ONCE", at_once * fullest)
     options = {"genes": [5, 3, 99]} if rule == "given" else {"gene_selection": rule}
     call = {"num_windows": 7, "seed": 4, "first_window": 11, "return_tensors": "pt", **options}
@@ -259,6 +317,7 @@ def test_a_slide_without_spots_has_no_window_and_is_named(images, processor: STP
     )
     with pytest.raises(ValueError, match=r"'void'.*has no window of 6 x 6 sites with a spot"):
         processor(empty, num_windows=1)
+    assert not processor(empty, windows=[(0, 0)])["pixel_mask"].any()
 
 
 def test_a_window_between_the_spots_is_all_empty(processor: STPatchProcessor, images):
