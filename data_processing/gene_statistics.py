@@ -2,7 +2,8 @@
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,6 +11,7 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
+from data_processing.window_dataset import spots_of
 from modeling_stimg import SlideImage
 
 DEVIATION_FLOOR = 0.1
@@ -17,7 +19,81 @@ BLOCK_SPOTS = 1024
 BLOCK_ENTRIES = 1 << 22
 
 
-def gene_moments(images: Sequence[SlideImage]) -> tuple[np.ndarray, np.ndarray]:
+@dataclass
+class GeneSums:
+    """What one pass over a corpus adds up; every statistic of a gene follows from it.
+
+    Attributes:
+        count: float64 (vocabulary,), spots on which a gene was measured. total, square: sums of log1p values and of
+            their squares. seen: shares of spots' counts, added up.
+        measured: the distinct sets of genes that slides measured, int64 ascending. weights: counted spots of each set.
+    """
+
+    count: np.ndarray
+    total: np.ndarray
+    square: np.ndarray
+    seen: np.ndarray
+    measured: list[np.ndarray]
+    weights: list[int]
+
+    @classmethod
+    def of(cls, images: Iterable[SlideImage], progress: bool = False) -> "GeneSums":
+        """Add up slides, a block of spots at a time.
+
+        Raises:
+            ValueError: no slides.
+        """
+        sums, groups = None, {}
+        for image in tqdm(images, desc="gene statistics", disable=not progress):
+            if sums is None:
+                sums = cls(*(np.zeros(image.pad_id) for _ in range(4)), measured=[], weights=[])
+            group = groups.setdefault(image.measured.tobytes(), len(sums.measured))
+            if group == len(sums.measured):
+                sums.measured.append(image.measured)
+                sums.weights.append(0)
+            sums.weights[group] += sums._add(image)
+        if sums is None:
+            raise ValueError("Gene statistics need at least one slide: got none.")
+        return sums
+
+    def _add(self, image: SlideImage) -> int:
+        """Add one slide; returns its spots that have counts."""
+        self.count[image.measured] += image.num_spots
+        num_counted = 0
+        for spots in _blocks_of_spots(image):
+            entries = slice(image.indptr[spots.start], image.indptr[spots.stop])
+            values, genes = np.asarray(image.values[entries], dtype=np.float64), image.indices[entries]
+            self.total += np.bincount(genes, values, minlength=image.pad_id)
+            self.square += np.bincount(genes, values * values, minlength=image.pad_id)
+            counts = np.expm1(values)  # up to a factor of each spot
+            owner = np.repeat(np.arange(spots.stop - spots.start), np.diff(image.indptr[spots.start : spots.stop + 1]))
+            library = np.bincount(owner, counts, minlength=spots.stop - spots.start)
+            num_counted += np.count_nonzero(library)
+            self.seen += np.bincount(genes, counts / library[owner], minlength=image.pad_id)
+        return num_counted
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and floored standard deviation of log1p values; see `gene_moments`."""
+        count = np.maximum(self.count, 1)
+        mean = self.total / count
+        deviation = np.sqrt(np.maximum(self.square / count - mean * mean, 0))
+        return mean.astype(np.float32), np.maximum(deviation, DEVIATION_FLOOR).astype(np.float32)
+
+    def shares(self) -> np.ndarray:
+        """Share of counts; see `gene_shares`."""
+        counted = self.seen > 0
+        member = np.zeros((len(self.measured), len(self.seen)), dtype=bool)
+        for row, genes in zip(member, self.measured, strict=True):
+            row[genes] = counted[genes]
+        weights = np.array(self.weights, dtype=np.float64)
+        kept = member.any(1) & (weights > 0)
+        share = np.zeros(len(self.seen))
+        if kept.any():
+            share[counted] = _fit_shares(member[kept][:, counted], weights[kept], self.seen[counted])
+        return share.astype(np.float32)
+
+
+def gene_moments(images: Iterable[SlideImage]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and floored standard deviation of every gene's log1p values, over the spots of slides that measured it.
 
     The floor keeps a gene that was seen a handful of times from dwarfing all others once it is standardised.
@@ -25,22 +101,10 @@ def gene_moments(images: Sequence[SlideImage]) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         mean, deviation: float32 (vocabulary,); 0 and the floor for a gene that no slide measured.
     """
-    num_genes = images[0].pad_id
-    count, total, square = (np.zeros(num_genes) for _ in range(3))
-    for image in images:
-        count[image.measured] += image.num_spots
-        for spots in _blocks_of_spots(image):
-            entries = slice(image.indptr[spots.start], image.indptr[spots.stop])
-            values, genes = np.asarray(image.values[entries], dtype=np.float64), image.indices[entries]
-            total += np.bincount(genes, values, minlength=num_genes)
-            square += np.bincount(genes, values * values, minlength=num_genes)
-    count = np.maximum(count, 1)
-    mean = total / count
-    deviation = np.sqrt(np.maximum(square / count - mean * mean, 0))
-    return mean.astype(np.float32), np.maximum(deviation, DEVIATION_FLOOR).astype(np.float32)
+    return GeneSums.of(images).moments()
 
 
-def gene_shares(images: Sequence[SlideImage]) -> np.ndarray:
+def gene_shares(images: Iterable[SlideImage]) -> np.ndarray:
     """Share of a spot's counts that each gene would have if all genes of the corpus were measured.
 
     Slides that measure few genes say how these relate to one another, slides that measure more how they relate to
@@ -53,39 +117,7 @@ def gene_shares(images: Sequence[SlideImage]) -> np.ndarray:
     Returns:
         float32 (vocabulary,), sum 1; 0 for a gene that was never counted.
     """
-    groups: dict[bytes, int] = {}
-    measured, weights, seen = [], [], np.zeros(images[0].pad_id)
-    for image in images:
-        num_counted, shares = _spot_shares(image)
-        group = groups.setdefault(image.measured.tobytes(), len(measured))
-        if group == len(measured):
-            measured.append(image.measured)
-            weights.append(0)
-        weights[group] += num_counted
-        seen += shares
-    counted = seen > 0
-    member = np.zeros((len(measured), len(seen)), dtype=bool)
-    for row, genes in zip(member, measured, strict=True):
-        row[genes] = counted[genes]
-    kept = member.any(1) & (np.array(weights) > 0)
-    if not kept.any():
-        return np.zeros(len(seen), dtype=np.float32)
-    share = np.zeros(len(seen))
-    share[counted] = _fit_shares(member[kept][:, counted], np.array(weights, float)[kept], seen[counted])
-    return share.astype(np.float32)
-
-
-def _spot_shares(image: SlideImage) -> tuple[int, np.ndarray]:
-    """Spots that were counted at all, and float64 (vocabulary,): their shares of counts by gene, added up."""
-    counted, total = 0, np.zeros(image.pad_id)
-    for spots in _blocks_of_spots(image):
-        entries = slice(image.indptr[spots.start], image.indptr[spots.stop])
-        counts = np.expm1(np.asarray(image.values[entries], dtype=np.float64))  # up to a factor of each spot
-        owner = np.repeat(np.arange(spots.stop - spots.start), np.diff(image.indptr[spots.start : spots.stop + 1]))
-        library = np.bincount(owner, counts, minlength=spots.stop - spots.start)
-        counted += np.count_nonzero(library)
-        total += np.bincount(image.indices[entries], counts / library[owner], minlength=image.pad_id)
-    return counted, total
+    return GeneSums.of(images).shares()
 
 
 def _blocks_of_spots(image: SlideImage) -> Iterator[slice]:
@@ -166,7 +198,7 @@ def leading_gene_vectors(
         spots or genes.
     """
     rng = np.random.default_rng([seed, 0])
-    spots = _subset_of_spots(images, max_spots, rng)
+    spots = _subset_of_spots(spots_of(images), max_spots, rng)
     num_genes, num_spots = len(mean), sum(map(len, spots))
     width = min(rank + 16, num_genes, num_spots)
     basis = torch.from_numpy(np.linalg.qr(rng.standard_normal((num_genes, width)))[0].astype(np.float32))
@@ -185,12 +217,13 @@ def leading_gene_vectors(
     return np.pad(kept, ((0, 0), (0, rank - kept.shape[1])))
 
 
-def _subset_of_spots(images: Sequence[SlideImage], max_spots: int, rng: np.random.Generator) -> list[np.ndarray]:
-    total = sum(image.num_spots for image in images)
+def _subset_of_spots(num_spots: np.ndarray, max_spots: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Of every slide the spots that stand for it, int64 ascending; `num_spots`: int64 (slides,)."""
+    total = int(num_spots.sum())
     if total <= max_spots:
-        return [np.arange(image.num_spots) for image in images]
+        return [np.arange(n) for n in num_spots]
     chosen = np.sort(rng.choice(total, max_spots, replace=False))
-    starts = np.cumsum([0, *(image.num_spots for image in images)])
+    starts = np.cumsum([0, *num_spots])
     return [chosen[(chosen >= a) & (chosen < b)] - a for a, b in itertools.pairwise(starts)]
 
 
@@ -203,7 +236,7 @@ def _standardized_blocks(
         measured[image.measured] = 1 / deviation[image.measured]
         for start in range(0, len(chosen), BLOCK_SPOTS):
             part = chosen[start : start + BLOCK_SPOTS]
-            positions, owner = image.entries(part)
+            genes, values, owner = image.expression(part)
             dense = np.zeros((len(part), len(mean)), dtype=np.float32)
-            dense[owner, image.indices[positions]] = image.values[positions]
+            dense[owner, genes] = values
             yield torch.from_numpy((dense - mean) * measured)

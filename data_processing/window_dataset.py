@@ -10,9 +10,15 @@ from modeling_stimg import SlideImage, STPatchProcessor
 from modeling_stimg.noise_stimg import mask_noise, window_uniforms
 
 
+def spots_of(images: Sequence[SlideImage]) -> np.ndarray:
+    """int64 (slides,): spots of every slide, without opening the slides of a corpus."""
+    known = getattr(images, "num_spots", None)
+    return np.array([image.num_spots for image in images], dtype=np.int64) if known is None else known
+
+
 def windows_per_epoch(images: Sequence[SlideImage], window_size: int, coverage: float = 2.0) -> int:
     """Windows that cover every spot `coverage` times on average, were the windows full."""
-    return max(1, round(coverage * sum(image.num_spots for image in images) / window_size**2))
+    return max(1, round(coverage * int(spots_of(images).sum()) / window_size**2))
 
 
 class WindowDataset(Dataset):
@@ -23,7 +29,7 @@ class WindowDataset(Dataset):
     workers, processes or on what was drawn before, and no two items of one run are the same draw.
 
     Args:
-        images: slides of the corpus.
+        images: slides in memory, or `CorpusImages`, whose counts stay on disk.
         processor: makes the windows.
         num_windows: virtual length: all windows of the whole training, not of one epoch.
         seed: int from 0.
@@ -39,11 +45,11 @@ class WindowDataset(Dataset):
     def __init__(self, images: Sequence[SlideImage], processor: STPatchProcessor, num_windows: int, seed: int = 0):
         if not images:
             raise ValueError("A WindowDataset needs at least one slide: got none.")
-        self.images = list(images)
+        self.images = images
         self.processor = processor
         self.num_windows = num_windows
         self.seed = seed
-        self._area = np.cumsum([image.num_spots for image in self.images])
+        self._area = np.cumsum(spots_of(images))
 
     def __len__(self) -> int:
         return self.num_windows

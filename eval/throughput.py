@@ -39,8 +39,8 @@ def one_core() -> Iterator[None]:
 def window_non_zeros(image: SlideImage, corner: tuple[int, int], window_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Genes int32 (n,) and values float32 (n,) of a window, contiguous."""
     spots = window_spots(image, [corner], window_size).ravel()
-    positions, _ = image.entries(spots[spots >= 0])
-    return image.indices[positions], image.values[positions]
+    genes, values, _ = image.expression(spots[spots >= 0])
+    return genes, values
 
 
 def textbook_window(
@@ -53,9 +53,9 @@ def textbook_window(
     """
     sites = window_spots(image, [corner], window_size).ravel()
     observed = np.flatnonzero(sites >= 0)
-    positions, owner = image.entries(sites[observed])
+    genes, values, owner = image.expression(sites[observed])
     dense = np.zeros((len(observed), image.pad_id), dtype=np.float32)
-    dense[owner, image.indices[positions]] = image.values[positions]
+    dense[owner, genes] = values
     weights = dense.var(axis=0)[image.measured] + 1e-6
     keys = np.log(weights) + rng.gumbel(size=len(weights))
     num_chosen = min(num_channels, len(keys))

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from .compaction_stimg import compact
+from .counts_stimg import BLOCK_ENTRIES, depth_scale
 from .genes_stimg import GeneVocabulary
-from .slide_image_stimg import SlideImage, total_of
+from .slide_image_stimg import SlideImage
 
 # Counts below this are looked up in a table of their spot, larger ones computed: few counts of a slide are larger.
 TABLE_COUNTS = 16
@@ -32,16 +33,15 @@ class CountValues:
     It stands for the array `values` of a `SlideImage`: slices, integer arrays and `np.asarray` give float32.
 
     Args:
-        counts: integer (nnz,). indptr: int64 (num_spots + 1,). library: (num_spots,), counts that were measured on
-            each spot. total: counts per spot after depth normalisation.
+        counts: integer (nnz,). indptr: int64 (num_spots + 1,). scale: float64 (num_spots,), from `depth_scale`.
     """
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, counts: np.ndarray, indptr: np.ndarray, library: np.ndarray, total: float):
+    def __init__(self, counts: np.ndarray, indptr: np.ndarray, scale: np.ndarray):
         self.counts = counts
         self.indptr = indptr
-        self.scale = total / np.maximum(np.asarray(library, dtype=np.float64), 1)
+        self.scale = scale
         self._table: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -72,18 +72,23 @@ class CountValues:
         counts = np.concatenate([self.counts[run] for run in runs])
         np.copyto(out, self.of_counts(counts, spots, lengths))
 
-    def __getitem__(self, index: Any) -> np.ndarray:
-        positions = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
-        spots = np.searchsorted(self.indptr, positions, side="right") - 1
-        return self.of_counts(self.counts[positions], spots, np.ones(len(spots), dtype=np.int64))
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        if not isinstance(index, slice):
+            spots = np.searchsorted(self.indptr, index, side="right") - 1
+            return self.of_counts(self.counts[index], spots, np.ones(len(spots), dtype=np.int64))
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            return self[np.arange(start, stop, step)]
+        stop = max(start, stop)
+        first = int(np.searchsorted(self.indptr, start, side="right")) - 1
+        last = int(np.searchsorted(self.indptr, stop, side="left"))
+        lengths = np.diff(self.indptr[first : last + 1].clip(start, stop))
+        return self.of_counts(self.counts[start:stop], np.arange(first, first + len(lengths)), lengths)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        lengths = np.diff(self.indptr)
         values = np.empty(len(self), dtype=np.float32)
-        for start in range(0, len(lengths), 4096):  # blocks of spots: temporaries stay small
-            spots = np.arange(start, min(start + 4096, len(lengths)))
-            part = slice(self.indptr[spots[0]], self.indptr[spots[-1] + 1])
-            values[part] = self.of_counts(self.counts[part], spots, lengths[spots])
+        for start in range(0, len(self), BLOCK_ENTRIES):  # temporaries stay small
+            values[start : start + BLOCK_ENTRIES] = self[start : start + BLOCK_ENTRIES]
         return values if dtype is None else values.astype(dtype, copy=False)
 
 
@@ -106,7 +111,7 @@ def slide_image_from_row(
         )
     rows, cols = compact(np.asarray(row["array_row"]), np.asarray(row["array_col"]), compaction)
     measured = np.asarray(row["measured"], dtype=np.int64)
-    library, total = total_of(target_sum, vocabulary, measured, row["library"], row["matched_library"])
+    scale = depth_scale(target_sum, vocabulary, measured, row["library"], row["matched_library"])
     indptr = np.asarray(row["indptr"], dtype=np.int64)
     every = np.arange(len(rows))
     return SlideImage(
@@ -116,7 +121,7 @@ def slide_image_from_row(
         cols=cols,
         indptr=indptr,
         indices=np.asarray(row["indices"]),
-        values=CountValues(np.asarray(row["counts"]), indptr, library, total),
+        values=CountValues(np.asarray(row["counts"]), indptr, scale),
         measured=measured,
         pad_id=vocabulary.pad_id,
         obs_index=every,

@@ -28,9 +28,10 @@ from transformers.processing_utils import ImagesKwargs
 
 from .compaction_stimg import COMPACTIONS
 from .corpus_row_stimg import slide_image_from_row
+from .counts_stimg import PANEL
 from .genes_stimg import GeneVocabulary
 from .sampling_stimg import GENE_SELECTIONS, draw_corners, make_windows
-from .slide_image_stimg import PANEL, SlideImage, slide_image_from_adata, usable_device
+from .slide_image_stimg import SlideImage, slide_image_from_adata, usable_device
 
 
 @dataclass(frozen=True)

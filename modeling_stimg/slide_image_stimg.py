@@ -22,13 +22,10 @@ import numpy as np
 import torch
 
 from .compaction_stimg import compact
+from .counts_stimg import csr_entries, depth_scale, match_counts
 from .genes_stimg import GeneVocabulary
 
 ON_DUPLICATE = ("error", "first")
-PANEL = "panel"
-PANEL_TOTAL = 1e4
-# Non-zeros that are worked on at once while a slide becomes an image: about 110 bytes of temporaries each.
-BLOCK_ENTRIES = 1 << 22
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -143,6 +140,14 @@ class SlideImage:
             self._corners[key] = np.argwhere(counts >= max(needed, 1)).astype(np.int64)
         return self._corners[key]
 
+    def expression(self, spots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The non-zeros of some spots: genes int32 (n,), values float32 (n,), and which of the k spots has each."""
+        positions, owner = csr_entries(self.indptr, spots)
+        if isinstance(self.values, np.ndarray):
+            return self.indices[positions], self.values[positions], owner
+        lengths = self.indptr[spots + 1] - self.indptr[spots]
+        return self.indices[positions], self.values.of_counts(self.values.counts[positions], spots, lengths), owner
+
     def arrays(self, device: str | torch.device = "cpu") -> SlideArrays:
         """The slide's non-zeros on a device, put there once. On the CPU they are the NumPy arrays themselves.
 
@@ -172,17 +177,6 @@ class SlideImage:
         """How many of the source's genes the vocabulary knows, in words."""
         return f"matched {self.num_matched_genes:,} of {self.num_source_genes:,} genes"
 
-    def entries(self, spots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The non-zeros of some spots.
-
-        Args:
-            spots: int64 (k,).
-
-        Returns:
-            positions: int64, where in `indices` and `values` they stand; owner: int64, which of the k spots has each.
-        """
-        return csr_entries(self.indptr, spots)
-
     def __repr__(self) -> str:
         return (
             f"SlideImage({self.name!r}: {self.num_spots:,} spots on {self.height} x {self.width} sites, "
@@ -205,41 +199,6 @@ def window_counts(occupied: np.ndarray, window_size: int) -> np.ndarray:
     return integral[tall:, wide:] - integral[:-tall, wide:] - integral[tall:, :-wide] + integral[:-tall, :-wide]
 
 
-def csr_entries(indptr: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the entries of some CSR rows, and for each entry the place of its row in `rows` (both int64)."""
-    lengths = indptr[rows + 1] - indptr[rows]
-    owner = np.repeat(np.arange(len(rows)), lengths)
-    shift = indptr[rows] - (np.cumsum(lengths) - lengths)
-    return np.arange(len(owner)) + shift[owner], owner
-
-
-def check_counts(values: np.ndarray) -> None:
-    """Raise ValueError unless every one of `values` is a finite non-negative integer, of whatever numeric type."""
-    if values.dtype.kind not in "fiub":
-        raise ValueError(f"X holds values of type {values.dtype}: pass raw counts")
-    values = values.reshape(-1)
-    blocks = [values[start : start + BLOCK_ENTRIES] for start in range(0, values.size, BLOCK_ENTRIES)]
-    if values.dtype.kind == "f":
-        num_bad = sum(np.count_nonzero(~np.isfinite(block)) for block in blocks)
-        if num_bad:
-            raise ValueError(f"X holds {num_bad} NaN or infinite values: pass raw counts")
-    if values.size and values.min() < 0:
-        raise ValueError(f"X holds negative values (min {values.min():.6g}): pass raw counts")
-    if values.dtype.kind == "f" and any((block != np.rint(block)).any() for block in blocks):
-        raise ValueError(f"X holds non-integers (max {values.max():.6g}): pass raw counts")
-
-
-def csr_arrays(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(indptr int64, indices int, data) of a 2-D matrix: SciPy-like with `tocsr`, or dense. Shared where possible."""
-    if hasattr(matrix, "tocsr"):
-        matrix = matrix.tocsr()
-        return np.asarray(matrix.indptr, np.int64), np.asarray(matrix.indices), np.asarray(matrix.data)
-    dense = np.asarray(matrix)
-    rows, columns = np.nonzero(dense)
-    indptr = np.searchsorted(rows, np.arange(dense.shape[0] + 1)).astype(np.int64)
-    return indptr, columns.astype(np.int64), dense[rows, columns]
-
-
 def slide_image_from_adata(
     adata: Any,
     vocabulary: GeneVocabulary,
@@ -254,18 +213,23 @@ def slide_image_from_adata(
     if len(adata.var_names) == 0 or len(adata.obs) == 0:
         raise ValueError(f"The slide has {len(adata.obs)} spots and {len(adata.var_names)} genes: nothing to read.")
     grid_rows, grid_cols = _grid_positions(adata, compaction)
-    obs_index, spot_of_obs = _one_spot_a_site(grid_rows, grid_cols, on_duplicate)
+    obs_index, spot_of_obs = one_spot_a_site(grid_rows, grid_cols, on_duplicate)
     match = vocabulary.match(adata)
     measured = np.unique(match.ids[match.ids >= 0])
-    indptr, indices, values = _expression(adata.X, obs_index, match.ids, vocabulary, measured, target_sum)
+
+    def log1p(counts: np.ndarray, owner: np.ndarray, library: np.ndarray, matched_library: np.ndarray) -> np.ndarray:
+        scale = depth_scale(target_sum, vocabulary, measured, library, matched_library)
+        return np.log1p(counts * scale[owner])
+
+    expression = match_counts(adata.X, obs_index, match.ids, len(vocabulary), np.float32, log1p)
     return SlideImage(
         height=int(grid_rows.max()) + 1,
         width=int(grid_cols.max()) + 1,
         rows=grid_rows[obs_index],
         cols=grid_cols[obs_index],
-        indptr=indptr,
-        indices=indices,
-        values=values,
+        indptr=expression.indptr,
+        indices=expression.indices,
+        values=expression.data,
         measured=measured,
         pad_id=vocabulary.pad_id,
         obs_index=obs_index,
@@ -274,69 +238,6 @@ def slide_image_from_adata(
         num_matched_genes=match.num_matched,
         name=name,
     )
-
-
-def _expression(
-    matrix: Any,
-    obs_index: np.ndarray,
-    gene_of_column: np.ndarray,
-    vocabulary: GeneVocabulary,
-    measured: np.ndarray,
-    target_sum: float | str,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """CSR of log1p values over vocabulary numbers, spots in the order of `obs_index`; a block of spots at a time."""
-    source_indptr, columns, counts = csr_arrays(matrix)
-    check_counts(counts)
-    of_all, of_matched = np.ones(len(gene_of_column), dtype=bool), gene_of_column >= 0
-    in_library, total = total_of(target_sum, vocabulary, measured, of_all, of_matched)
-
-    lengths = np.diff(source_indptr)[obs_index]
-    indices = np.empty(lengths.sum(), dtype=np.int32)  # at most: foreign genes are left out
-    values = np.empty(len(indices), dtype=np.float32)
-    indptr = np.zeros(len(obs_index) + 1, dtype=np.int64)
-    for block in _blocks(lengths, BLOCK_ENTRIES):
-        entries, owner = csr_entries(source_indptr, obs_index[block])
-        entry_columns, entry_counts = columns[entries], counts[entries].astype(np.float64)
-        # float64 sums of integers are exact, in whatever order.
-        in_sum = entry_counts * in_library[entry_columns]
-        library = np.bincount(owner, in_sum, minlength=block.stop - block.start)
-        genes = gene_of_column[entry_columns]
-        kept = (genes >= 0) & (entry_counts > 0)
-        owner, genes, entry_counts = _sum_same_gene(owner[kept], genes[kept], entry_counts[kept], len(vocabulary))
-        start = indptr[block.start]
-        indptr[block.start + 1 : block.stop + 1] = start + np.searchsorted(owner, np.arange(1, len(library) + 1))
-        indices[start : start + len(genes)] = genes
-        values[start : start + len(genes)] = np.log1p(entry_counts * (total / np.maximum(library, 1))[owner])
-    return indptr, indices[: indptr[-1]], values[: indptr[-1]]
-
-
-def total_of(
-    target_sum: float | str, vocabulary: GeneVocabulary, measured: np.ndarray, all_genes: Any, matched_genes: Any
-) -> tuple[Any, float]:
-    """What counts as a spot's library, and what it is scaled to.
-
-    The library is all that was measured, also genes that the vocabulary lacks (`all_genes`); of a panel it is what the
-    vocabulary knows (`matched_genes`), because nothing is known of how much the rest should hold.
-
-    Raises:
-        ValueError: a panel of genes that the corpus never counted.
-    """
-    if target_sum != PANEL:
-        return all_genes, float(target_sum)
-    total = PANEL_TOTAL * float(vocabulary.share[measured].sum())
-    if not total > 0:
-        raise ValueError(
-            f'target_sum="{PANEL}": the corpus expects no counts from the {len(measured):,} genes that were measured '
-            "here, because none of its slides counted them; give a number instead."
-        )
-    return matched_genes, total
-
-
-def _blocks(lengths: np.ndarray, block_entries: int) -> list[slice]:
-    """Consecutive rows of at most about `block_entries` entries together."""
-    block = np.cumsum(lengths) // block_entries
-    starts = np.flatnonzero(np.diff(block, prepend=-1))
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 def _grid_positions(adata: Any, compaction: str) -> tuple[np.ndarray, np.ndarray]:
@@ -349,7 +250,7 @@ def _grid_positions(adata: Any, compaction: str) -> tuple[np.ndarray, np.ndarray
     return compact(adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy(), compaction)
 
 
-def _one_spot_a_site(rows: np.ndarray, cols: np.ndarray, on_duplicate: str) -> tuple[np.ndarray, np.ndarray]:
+def one_spot_a_site(rows: np.ndarray, cols: np.ndarray, on_duplicate: str) -> tuple[np.ndarray, np.ndarray]:
     """(obs_index, spot_of_obs): the first source row of every occupied site in grid order, and every row's spot."""
     site = rows * (cols.max() + 1) + cols
     _, obs_index, spot_of_obs = np.unique(site, return_index=True, return_inverse=True)
@@ -370,28 +271,12 @@ def _one_spot_a_site(rows: np.ndarray, cols: np.ndarray, on_duplicate: str) -> t
     return obs_index.astype(np.int64), spot_of_obs.reshape(-1).astype(np.int64)
 
 
-def _sum_same_gene(
-    owner: np.ndarray, genes: np.ndarray, counts: np.ndarray, num_genes: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Entries sorted by spot and gene; the counts (float64) of two names of one gene are added up."""
-    key = owner * num_genes + genes
-    order = np.argsort(key)
-    key, counts = key[order], counts[order]
-    starts = np.flatnonzero(np.diff(key, prepend=-1))
-    if len(starts) < len(key):
-        counts, key = np.add.reduceat(counts, starts), key[starts]
-    return key // num_genes, key % num_genes, counts
-
-
 __all__ = [
-    "PANEL",
     "SlideArrays",
     "SlideImage",
-    "check_counts",
-    "csr_arrays",
     "on_host",
+    "one_spot_a_site",
     "slide_image_from_adata",
-    "total_of",
     "usable_device",
     "window_counts",
 ]

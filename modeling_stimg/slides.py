@@ -23,7 +23,7 @@ import scipy.sparse as sp
 from anndata import AnnData, read_h5ad
 from anndata.utils import make_index_unique
 
-from .slide_image_stimg import check_counts
+from .counts_stimg import check_counts
 
 _KINDS = (
     "read_slide reads .h5ad files, Space Ranger output folders (outs/), "

@@ -21,7 +21,7 @@ from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from data_processing.corpus import find_slides, read_slides, save_pretraining, slide_images, vocabulary_of
-from data_processing.gene_statistics import gene_moments, gene_shares, leading_gene_vectors
+from data_processing.gene_statistics import GeneSums, gene_moments, leading_gene_vectors
 from data_processing.window_dataset import WindowDataset, windows_per_epoch
 from modeling_stimg import SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
 from modeling_stimg.embedding_stimg import embedding_options
@@ -49,11 +49,12 @@ def build_processor(
     }
     total = {"target_sum": 1e4 if corpus.target_sum == "panel" else corpus.target_sum}
     images = slide_images(slides, STPatchProcessor(vocabulary, **options, **total), tell=tell)
-    vocabulary = vocabulary.with_statistics(share=gene_shares(images))
+    sums = GeneSums.of(images)
+    vocabulary = vocabulary.with_statistics(*sums.moments(), share=sums.shares())
     if corpus.target_sum == "panel":
         total = {"target_sum": "panel"}
         images = slide_images(slides, STPatchProcessor(vocabulary, **options, **total))
-    vocabulary = vocabulary.with_statistics(*gene_moments(images))
+        vocabulary = vocabulary.with_statistics(*gene_moments(images))
     return STPatchProcessor(vocabulary, normalization=corpus.normalization, **options, **total), images
 
 

@@ -1,0 +1,98 @@
+"""From rows on disk to a corpus that trains: the memory-mapped form, gene statistics, and leading gene vectors.
+
+A corpus folder holds `data/*.parquet` (one slide each, the form to publish), and from `assemble` on `genes.json`,
+`gene_vectors.safetensors` and `arrow/` (the same rows, memory-mapped in training).
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save_file
+
+from data_processing.gene_statistics import GeneSums, leading_gene_vectors
+from data_processing.open_corpus import ARROW_FOLDER, Corpus
+from data_processing.st_corpus import STCorpus
+from modeling_stimg import GeneVocabulary, STPatchProcessor
+
+DATA_FOLDER = "data"
+VECTORS_FILE = "gene_vectors.safetensors"
+
+
+def assemble(
+    folder: Path,
+    files: Sequence[Path],
+    vocabulary: GeneVocabulary,
+    target_sum: float = 1e4,
+    rank: int = 256,
+    num_proc: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> Corpus:
+    """Make a corpus folder ready for training; what was there before is replaced as a whole.
+
+    Args:
+        folder: of the corpus. files: its rows, Parquet files of one slide each, in their order.
+        target_sum: counts per spot that means, deviations and vectors are computed at.
+        rank: how many leading gene vectors; 0 = none.
+        num_proc: processes that write the memory-mapped form.
+
+    Raises:
+        ValueError: no files.
+    """
+    _write_arrow(folder, files, num_proc)
+    vocabulary.save(folder)
+    corpus = Corpus(folder)
+    images = corpus.images(STPatchProcessor(vocabulary, target_sum=target_sum))
+    sums = GeneSums.of(images, progress)
+    vocabulary = vocabulary.with_statistics(*sums.moments(), share=sums.shares())
+    if rank > 0:
+        vectors = leading_gene_vectors(images, vocabulary.mean, vocabulary.deviation, rank, seed, progress=progress)
+        temporary = folder / f"{VECTORS_FILE}.tmp"
+        save_file({"vectors": vectors}, temporary, metadata={"target_sum": repr(float(target_sum))})
+        temporary.replace(folder / VECTORS_FILE)
+    vocabulary.save(folder)
+    return Corpus(folder)
+
+
+def _write_arrow(folder: Path, files: Sequence[Path], num_proc: int) -> None:
+    """The rows as one memory-mapped dataset in `arrow/`."""
+    cache, temporary, target = (folder / name for name in (".cache", f"{ARROW_FOLDER}.tmp", ARROW_FOLDER))
+    for leftover in (cache, temporary):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        builder = STCorpus(cache_dir=str(cache), config_name="corpus", files=tuple(map(str, files)))
+        builder.download_and_prepare(num_proc=num_proc if num_proc > 1 and len(files) > 1 else None)
+        builder.as_dataset(split="train").save_to_disk(str(temporary), num_proc=None)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def content_hash(files: Sequence[Path]) -> str:
+    """sha256 over the content of rows, whatever compression or machine wrote their files."""
+    digest = hashlib.sha256()
+    for file in files:
+        for column in pq.read_table(file).combine_chunks().columns:
+            for chunk in column.chunks:
+                for buffer in chunk.buffers():
+                    digest.update(b"none" if buffer is None else buffer)
+    return digest.hexdigest()
+
+
+def load_vectors(folder: Path, target_sum: float | str, rank: int):  # noqa: ANN201
+    """The first `rank` leading gene vectors of a corpus, float32 (vocabulary, rank); None where it has no such ones."""
+    path = folder / VECTORS_FILE
+    if not path.exists():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        same = file.metadata()["target_sum"] == repr(float(target_sum)) if target_sum != "panel" else False
+    vectors = load_file(path)["vectors"] if same else None
+    return vectors[:, :rank] if vectors is not None and vectors.shape[1] >= rank else None

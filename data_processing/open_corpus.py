@@ -1,0 +1,105 @@
+"""A corpus that was built, opened for training: slides stay on disk, memory-mapped, and windows read what they need."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import datasets
+import numpy as np
+
+from data_processing.st_corpus import TEXT_COLUMNS, numpy_row
+from modeling_stimg import GeneVocabulary, SlideImage, STPatchProcessor
+
+ARROW_FOLDER = "arrow"
+REPORT_FILE = "report.json"
+
+
+class Corpus:
+    """A folder that `build_corpus.py` wrote.
+
+    Args:
+        folder: with `arrow/` (the slides) and `genes.json` (their genes, with statistics).
+
+    Raises:
+        FileNotFoundError: no such folder, or a corpus that was not built to its end.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        missing = [n for n in (ARROW_FOLDER, "genes.json") if not (self.folder / n).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder} holds no {' and no '.join(missing)}: expected a corpus that "
+                "data_processing/build_corpus.py has built to its end."
+            )
+
+    @cached_property
+    def vocabulary(self) -> GeneVocabulary:
+        """The corpus' genes, with mean, deviation and share."""
+        return GeneVocabulary.load(self.folder / "genes.json")
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset:
+        """The rows, memory-mapped, as Arrow tables."""
+        return datasets.load_from_disk(str(self.folder / ARROW_FOLDER)).with_format("arrow")
+
+    def column(self, name: str) -> list[Any]:
+        """A scalar column: one value a slide."""
+        return self.dataset.data.column(name).to_pylist()
+
+    def texts(self) -> list[dict[str, str]]:
+        """Id and metadata of every slide."""
+        names = ("id", *TEXT_COLUMNS)
+        return [dict(zip(names, row, strict=True)) for row in zip(*map(self.column, names), strict=True)]
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What was decided while it was built."""
+        return json.loads((self.folder / REPORT_FILE).read_text(encoding="utf-8"))
+
+    def images(self, processor: STPatchProcessor) -> "CorpusImages":
+        """Every slide as an image of `processor`, made when it is first asked for."""
+        return CorpusImages(self, processor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the files itself.
+        return {"folder": self.folder}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class CorpusImages(Sequence[SlideImage]):
+    """The slides of a corpus as images whose counts stay on disk.
+
+    Attributes:
+        num_spots: int64 (slides,), occupied sites.
+    """
+
+    def __init__(self, corpus: Corpus, processor: STPatchProcessor):
+        self.corpus = corpus
+        self.processor = processor
+        self.num_spots = np.array(corpus.column("num_spots"), dtype=np.int64)
+        self._images: dict[int, SlideImage] = {}
+
+    def __len__(self) -> int:
+        return len(self.num_spots)
+
+    @overload
+    def __getitem__(self, index: int) -> SlideImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SlideImage]: ...
+    def __getitem__(self, index: int | slice) -> SlideImage | list[SlideImage]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        if number not in self._images:
+            columns = [n for n in self.corpus.dataset.column_names if n not in ("barcode", "pixel_x", "pixel_y")]
+            row = numpy_row(self.corpus.dataset.data.table.select(columns), number)
+            self._images[number] = self.processor.slide_to_image(row)
+        return self._images[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_images": {}}
