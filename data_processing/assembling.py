@@ -10,8 +10,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from data_processing.gene_statistics import GeneSums, leading_gene_vectors
 from data_processing.open_corpus import ARROW_FOLDER, Corpus
@@ -52,7 +54,10 @@ def assemble(
     if rank > 0:
         vectors = leading_gene_vectors(images, vocabulary.mean, vocabulary.deviation, rank, seed, progress=progress)
         temporary = folder / f"{VECTORS_FILE}.tmp"
-        save_file({"vectors": vectors}, temporary, metadata={"target_sum": repr(float(target_sum))})
+        # safetensors writes the bytes as they lie in memory, whatever the strides say.
+        save_file(
+            {"vectors": np.ascontiguousarray(vectors)}, temporary, metadata={"target_sum": repr(float(target_sum))}
+        )
         temporary.replace(folder / VECTORS_FILE)
     vocabulary.save(folder)
     return Corpus(folder)
@@ -85,14 +90,16 @@ def content_hash(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def load_vectors(folder: Path, target_sum: float | str, rank: int):  # noqa: ANN201
-    """The first `rank` leading gene vectors of a corpus, float32 (vocabulary, rank); None where it has no such ones."""
-    path = folder / VECTORS_FILE
-    if not path.exists():
-        return None
-    from safetensors import safe_open
+def load_vectors(folder: Path, target_sum: float | str, rank: int) -> np.ndarray | None:
+    """The first `rank` leading gene vectors of a corpus, float32 (vocabulary, rank).
 
+    None where it has fewer, or those of another `target_sum`.
+    """
+    path = folder / VECTORS_FILE
+    if not path.exists() or target_sum == "panel":
+        return None
     with safe_open(path, "np") as file:
-        same = file.metadata()["target_sum"] == repr(float(target_sum)) if target_sum != "panel" else False
-    vectors = load_file(path)["vectors"] if same else None
-    return vectors[:, :rank] if vectors is not None and vectors.shape[1] >= rank else None
+        vectors = file.get_slice("vectors")
+        if file.metadata()["target_sum"] != repr(float(target_sum)) or vectors.get_shape()[1] < rank:
+            return None
+        return vectors[:, :rank]

@@ -90,11 +90,16 @@ def vocabulary_of(slides: dict[str, AnnData], table: str | None) -> GeneVocabula
     return GeneVocabulary.from_slides(slides.values(), table=path)
 
 
-def save_pretraining(folder: Path, slides: dict[str, AnnData], arguments: dict[str, Any]) -> None:
+def slide_records(slides: dict[str, AnnData]) -> list[SlideRecord]:
+    """What to tell of slides in memory."""
+    return [SlideRecord(name, slide_patient(adata), adata.n_obs) for name, adata in slides.items()]
+
+
+def save_pretraining(folder: Path, records: Sequence[SlideRecord], arguments: dict[str, Any]) -> None:
     """Write which slides a model saw, and how it was trained, to `pretraining.json` beside its weights."""
-    records = [asdict(SlideRecord(name, slide_patient(adata), adata.n_obs)) for name, adata in slides.items()]
     temporary = folder / f"{PRETRAINING_FILE}.tmp"
-    temporary.write_text(json.dumps({"slides": records, "arguments": arguments}, indent=1) + "\n", encoding="utf-8")
+    content = {"slides": [asdict(record) for record in records], "arguments": arguments}
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / PRETRAINING_FILE)
 
 

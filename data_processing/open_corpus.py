@@ -9,7 +9,8 @@ from typing import Any, overload
 import datasets
 import numpy as np
 
-from data_processing.st_corpus import TEXT_COLUMNS, numpy_row
+from data_processing.corpus import SlideRecord
+from data_processing.st_corpus import numpy_row
 from modeling_stimg import GeneVocabulary, SlideImage, STPatchProcessor
 
 ARROW_FOLDER = "arrow"
@@ -49,10 +50,10 @@ class Corpus:
         """A scalar column: one value a slide."""
         return self.dataset.data.column(name).to_pylist()
 
-    def texts(self) -> list[dict[str, str]]:
-        """Id and metadata of every slide."""
-        names = ("id", *TEXT_COLUMNS)
-        return [dict(zip(names, row, strict=True)) for row in zip(*map(self.column, names), strict=True)]
+    def records(self) -> list[SlideRecord]:
+        """What to tell of the slides."""
+        columns = (self.column(name) for name in ("id", "patient", "num_spots"))
+        return [SlideRecord(*row) for row in zip(*columns, strict=True)]
 
     @cached_property
     def report(self) -> dict[str, Any]:

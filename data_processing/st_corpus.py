@@ -69,11 +69,20 @@ FEATURES = datasets.Features(
 )
 
 
-def slide_row(adata: AnnData, vocabulary: GeneVocabulary, name: str, **texts: str) -> dict[str, Any]:
+def slide_row(
+    adata: AnnData,
+    vocabulary: GeneVocabulary,
+    name: str,
+    library: np.ndarray | None = None,
+    num_source_genes: int | None = None,
+    **texts: str,
+) -> dict[str, Any]:
     """A slide as a row of the corpus; of spots that share an array position the first is kept.
 
     Args:
-        adata: a slide as `read_slide` gives it. texts: any of `TEXT_COLUMNS`.
+        adata: a slide as `read_slide` gives it.
+        library, num_source_genes: of the slide before genes were left out: counts of all genes, (n_obs,), and columns.
+        texts: any of `TEXT_COLUMNS`.
 
     Returns:
         The columns of `FEATURES`; lists are NumPy arrays, or None.
@@ -87,8 +96,9 @@ def slide_row(adata: AnnData, vocabulary: GeneVocabulary, name: str, **texts: st
         warnings.filterwarnings("ignore", message=".*stand on an array position")
         spots, _ = one_spot_a_site(array_row - array_row.min(), array_col - array_col.min(), "first")
     matched = match_counts(adata.X, spots, match.ids, len(vocabulary), np.float64)
-    if matched.library.max(initial=0) > np.iinfo(np.uint32).max:
-        raise ValueError(f"{name} has a spot with {matched.library.max():,.0f} counts: expected raw counts.")
+    library = matched.library if library is None else np.asarray(library)[spots]
+    if library.max(initial=0) > np.iinfo(np.uint32).max:
+        raise ValueError(f"{name} has a spot with {library.max():,.0f} counts: expected raw counts.")
     narrow = matched.data.max(initial=0) <= np.iinfo(np.uint16).max
     pixels = np.asarray(adata.obsm["spatial"], np.float32)[spots] if "spatial" in adata.obsm else None
     return {
@@ -97,14 +107,14 @@ def slide_row(adata: AnnData, vocabulary: GeneVocabulary, name: str, **texts: st
         "vocabulary": vocabulary.ids_sha256,
         "num_spots": len(spots),
         "num_non_zeros": len(matched.data),
-        "num_source_genes": match.num_genes,
+        "num_source_genes": match.num_genes if num_source_genes is None else num_source_genes,
         "num_matched_genes": match.num_matched,
         "array_row": array_row[spots].astype(np.int32),
         "array_col": array_col[spots].astype(np.int32),
         "pixel_x": None if pixels is None else np.ascontiguousarray(pixels[:, 0]),
         "pixel_y": None if pixels is None else np.ascontiguousarray(pixels[:, 1]),
         "barcode": adata.obs_names.to_numpy(object)[spots],
-        "library": matched.library.astype(np.uint32),
+        "library": library.astype(np.uint32),
         "matched_library": matched.matched_library.astype(np.uint32),
         "measured": np.unique(match.ids[match.ids >= 0]).astype(np.int32),
         "indptr": matched.indptr,

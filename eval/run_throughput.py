@@ -2,10 +2,12 @@
 
     python eval/run_throughput.py windows '$STIMG_DATA/slides/her2st_A2.h5ad' --output-dir runs/throughput
     python eval/run_throughput.py memory --output-dir runs/memory
+    python eval/run_throughput.py corpus --output-dir runs/corpus_throughput
 
 `windows` times the sampler on one core, as a multiple of one weighted `np.bincount` over the same windows' non-zeros,
 beside the textbook's dense way, and on a GPU where there is one. `memory` embeds a phantom slide of half a million bins
-and tells the peak of anonymous memory. Both write `results.json` and `table.md`.
+and tells the peak of anonymous memory. `corpus` builds a phantom corpus of a million spots and draws windows from it
+as a loader worker does. All write `results.json` and `table.md`.
 """
 
 import sys
@@ -104,6 +106,66 @@ def memory(
         "\n".join(["Anonymous memory (RssAnon), the libraries' included.", "", *markdown_table(header, [row])]) + "\n"
     )
     write_results(output_dir, [record], run_metadata(seed, hidden_size=hidden_size, stride=stride), text)
+    print(text)
+
+
+@app.command()
+def corpus(
+    output_dir: OutputOption = Path("runs/corpus_throughput"),
+    num_spots: Annotated[int, typer.Option(help="Spots of the large phantom corpus.", min=1)] = 1_089_785,
+    few_spots: Annotated[int, typer.Option(help="Spots of the small one.", min=1)] = 10_000,
+    spots_per_slide: Annotated[int, typer.Option(help="Spots of a slide.", min=1)] = 3_400,
+    num_genes: Annotated[int, typer.Option(help="Genes of a slide.", min=1)] = 18_000,
+    genes_per_spot: Annotated[int, typer.Option(help="Non-zeros of a spot.", min=1)] = 500,
+    num_windows: Annotated[int, typer.Option(help="Windows of a round.", min=1)] = 1_500,
+    keep: Annotated[bool, typer.Option(help="Leave the phantom corpora in the output folder.")] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Windows a second and memory of a loader worker, over a million spots on disk and over few."""
+    import shutil
+
+    from eval.corpus_throughput import build_phantom_corpus, measure_corpus
+
+    records = []
+    for name, spots in (("few", few_spots), ("many", num_spots)):
+        folder = output_dir / f"{name}_spots"
+        built = build_phantom_corpus(folder, spots, spots_per_slide, num_genes, genes_per_spot, seed)
+        records.append({**built, **measure_corpus(folder, num_windows, seed)})
+        if not keep:
+            shutil.rmtree(folder)
+    header = ["spots", "slides", "build", "published", "training form"]
+    built_rows = [
+        [
+            f"{r['spots']:,}",
+            f"{r['slides']:,}",
+            f"{r['seconds_rows']:.0f} s + {r['seconds_assembling']:.0f} s",
+            f"{r['bytes_published'] / 1e9:.2f} GB",
+            f"{r['bytes_training'] / 1e9:.2f} GB",
+        ]
+        for r in records
+    ]
+    speed_header = ["spots", "page cache", "windows/s, first round", "second round", "RssAnon", "RssFile"]
+    speed_rows = [
+        [
+            f"{r['spots']:,}",
+            state,
+            *(f"{r[f'{state}_{key}']:.0f}" for key in ("first_windows_per_second", "windows_per_second")),
+            *(f"{r[f'{state}_{key}']:.2f} GB" for key in ("anonymous_gb", "mapped_gb")),
+        ]
+        for r in records
+        for state in ("cold", "warm")
+    ]
+    ratio = records[1]["warm_windows_per_second"] / records[0]["warm_windows_per_second"]
+    lines = [
+        *markdown_table(header, built_rows),
+        "",
+        f"One loader worker on one core, windows over all slides; rounds of {num_windows:,} windows. Warm throughput "
+        f"over many spots is {ratio:.2f} of that over few.",
+        "",
+        *markdown_table(speed_header, speed_rows),
+    ]
+    text = "\n".join(lines) + "\n"
+    write_results(output_dir, records, run_metadata(seed, num_windows=num_windows, warm_ratio=ratio), text)
     print(text)
 
 

@@ -21,6 +21,10 @@ class CorpusArguments:
         default_factory=list,
         metadata={"help": "Slides: files, Space Ranger folders or globs; $VARIABLES are expanded."},
     )
+    corpus: str | None = field(
+        default=None,
+        metadata={"help": "Instead of slides: a folder that data_processing/build_corpus.py wrote."},
+    )
     exclude: list[str] = field(
         default_factory=list,
         metadata={"help": "Slide names (file names without suffix) to leave out, e.g. those of an evaluation."},

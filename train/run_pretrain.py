@@ -9,66 +9,37 @@ the model at step 0, against which an evaluation measures what training added.
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from anndata import AnnData
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Trainer, set_seed
 from transformers.utils import logging
 
-from data_processing.corpus import find_slides, read_slides, save_pretraining, slide_images, vocabulary_of
-from data_processing.gene_statistics import GeneSums, gene_moments, leading_gene_vectors
-from data_processing.window_dataset import WindowDataset, windows_per_epoch
+from data_processing.corpus import save_pretraining
+from data_processing.window_dataset import WindowDataset, spots_of, windows_per_epoch
 from modeling_stimg import SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
 from modeling_stimg.embedding_stimg import embedding_options
 from modeling_stimg.plotting import plot_loss
 from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments, parse_arguments
+from train.preparing import gene_vectors, prepare
 
 logger = logging.get_logger("stimg")
 
 
-def build_processor(
-    slides: dict[str, AnnData], corpus: CorpusArguments, model: ModelArguments, tell: bool
-) -> tuple[STPatchProcessor, list[SlideImage]]:
-    """The processor over the slides' genes, with their statistics, and the slides as it sees them.
-
-    Images do not depend on `normalization`, which applies to windows: one pass serves statistics and training. Only
-    `target_sum="panel"` takes a second one, because it needs the genes' shares first.
-    """
-    vocabulary = vocabulary_of(slides, corpus.gene_table)
-    options = {
-        "window_size": model.window_size,
-        "num_channels": model.num_channels,
-        "compaction": corpus.compaction,
-        "gene_selection": corpus.gene_selection,
-        "min_observed": corpus.min_observed,
-    }
-    total = {"target_sum": 1e4 if corpus.target_sum == "panel" else corpus.target_sum}
-    images = slide_images(slides, STPatchProcessor(vocabulary, **options, **total), tell=tell)
-    sums = GeneSums.of(images)
-    vocabulary = vocabulary.with_statistics(*sums.moments(), share=sums.shares())
-    if corpus.target_sum == "panel":
-        total = {"target_sum": "panel"}
-        images = slide_images(slides, STPatchProcessor(vocabulary, **options, **total))
-        vocabulary = vocabulary.with_statistics(*gene_moments(images))
-    return STPatchProcessor(vocabulary, normalization=corpus.normalization, **options, **total), images
-
-
 def build_model(
-    processor: STPatchProcessor, images: list[SlideImage], arguments: ModelArguments, seed: int
+    processor: STPatchProcessor, images: Sequence[SlideImage], arguments: ModelArguments, seed: int
 ) -> STImageMAEForPreTraining:
     """The model at step 0: random, or with gene embeddings that span the corpus' leading gene programs."""
     config = STImageMAEConfig(vocab_size=len(processor.vocabulary) + 1, **arguments.config_fields())
     set_seed(seed)
     model = STImageMAEForPreTraining(config)
     if arguments.singular_start:
-        vocabulary = processor.vocabulary
-        vectors = leading_gene_vectors(images, vocabulary.mean, vocabulary.deviation, config.hidden_size, seed)
-        start_gene_embeddings(model, vectors)
+        start_gene_embeddings(model, gene_vectors(processor, images, config.hidden_size, seed))
     model.get_input_embeddings().weight.requires_grad_(not arguments.freeze_gene_embeddings)
     return model
 
@@ -87,7 +58,7 @@ def start_gene_embeddings(model: STImageMAEForPreTraining, vectors: np.ndarray) 
 
 
 def plan_steps(
-    images: list[SlideImage], corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments
+    images: Sequence[SlideImage], corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments
 ) -> int:
     """Windows of the whole training; sets `training.max_steps`, so that every window is drawn once."""
     # `train_batch_size` is the batch of a process, over all its devices.
@@ -111,7 +82,7 @@ def told_arguments(
     corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments, num_windows: int
 ) -> dict[str, Any]:
     """What a reader of the checkpoint should know of its training; no paths, which mean nothing elsewhere."""
-    paths = {"slides", "gene_table"}
+    paths = {"slides", "corpus", "gene_table"}
     told = ("max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16", "fp16")
     return {
         **{k: v for k, v in asdict(corpus).items() if k not in paths},
@@ -123,8 +94,11 @@ def told_arguments(
 
 def check_arguments(corpus: CorpusArguments, training: PretrainingArguments) -> None:
     """Stop before any work where there is nothing to learn from, or a finished model would be overwritten."""
-    if not corpus.slides:
-        raise ValueError("No slides were given: name them with --slides or in the config.")
+    if bool(corpus.slides) == bool(corpus.corpus):
+        given = "Both slides and a corpus" if corpus.slides else "No slides"
+        raise ValueError(f"{given} were given: name slides with --slides, or a corpus with --corpus.")
+    if corpus.corpus and corpus.exclude:
+        raise ValueError("A corpus is trained on as a whole: leave slides out (--exclude) when it is built.")
     if (Path(training.output_dir) / "model.safetensors").exists():
         raise ValueError(
             f"{training.output_dir} holds a trained model already: give another --output_dir, or move that one away."
@@ -135,8 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     corpus, model_arguments, training = parse_arguments(argv)
     check_arguments(corpus, training)
     use_cpu_threads(training)
-    slides = read_slides(find_slides(corpus.slides, corpus.exclude))
-    processor, images = build_processor(slides, corpus, model_arguments, tell=training.process_index == 0)
+    processor, images, records = prepare(corpus, model_arguments, tell=training.process_index == 0)
     model = build_model(processor, images, model_arguments, training.seed)
     embedding_options(model, processor)
     num_windows = plan_steps(images, corpus, model_arguments, training)
@@ -152,18 +125,18 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         parameters = sum(p.numel() for p in model.parameters())
         logger.warning(
-            f"{len(images)} slides, {sum(i.num_spots for i in images):,} spots, {len(processor.vocabulary):,} genes; "
+            f"{len(images)} slides, {int(spots_of(images).sum()):,} spots, {len(processor.vocabulary):,} genes; "
             f"{parameters:,} parameters; {training.max_steps:,} steps, {num_windows:,} windows."
         )
         start = output / "untrained"
         start.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(start)
         processor.save_pretrained(start)
-        save_pretraining(start, {}, arguments)
+        save_pretraining(start, [], arguments)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         # Before the weights: a folder with a model always tells which slides it saw.
-        save_pretraining(output, slides, arguments)
+        save_pretraining(output, records, arguments)
         plot_loss(trainer.state.log_history, output / "loss.png")
     trainer.save_state()
     trainer.save_model()

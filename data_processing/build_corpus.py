@@ -1,0 +1,264 @@
+r"""Slides -> a corpus: fetched, checked, guarded against leaks, written as rows, and made ready for training.
+
+    python data_processing/build_corpus.py --slides 'my_slides' --gene_table genes.tsv --output corpus
+    python data_processing/build_corpus.py --manifest data_processing/sources.tsv --gene_table genes.tsv \
+        --evaluation evaluation.npz --output corpus --num_proc 8
+
+The same command goes on where a killed one stopped. `--shard 0/4` builds a quarter of the sources on one of four
+machines; copy the folders of all shards into one (`data/` and `.build/`), and the command without `--shard` finishes
+it. Writes `data/*.parquet` (to publish), `arrow/` (memory-mapped, for training), `genes.json`,
+`gene_vectors.safetensors`, `report.json`, `README.md` (a dataset card) and `report.png`. Exit status 1 if a source
+could not be fetched or read.
+"""
+
+import csv
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from data_processing.assembling import assemble, content_hash
+from data_processing.corpus import find_slides, read_slides, slide_name, vocabulary_of
+from data_processing.corpus_report import write_report
+from data_processing.fetching import Fetched, fetch_sources
+from data_processing.fingerprints import find_duplicates, load_fingerprints, save_fingerprints
+from data_processing.quality import QualityRules
+from data_processing.slide_fingerprint import Fingerprint, fingerprint
+from data_processing.sources import Source, read_manifest
+from data_processing.staging import (
+    BUILD_FOLDER,
+    StagePlan,
+    row_file,
+    stage_source,
+    staged,
+    staged_fingerprints,
+)
+from modeling_stimg import GeneVocabulary, read_slide
+
+SLIDE_TABLE = "slides.tsv"
+EVALUATION_ROLES = ("evaluation", "labelled")
+CONFIGS = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n"
+
+
+@dataclass
+class BuildArguments:
+    """Which slides, what they need, and where the corpus goes."""
+
+    output: str = field(metadata={"help": "Folder of the corpus; made if missing."})
+    manifest: str | None = field(default=None, metadata={"help": "Table of sources, as data_processing/sources.tsv."})
+    slides: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Local slides: folders of slides, files or globs. A slides.tsv in such a folder or beside it "
+            "(name, role, and what else a manifest tells) keeps slides of role evaluation or labelled out."
+        },
+    )
+    exclude: list[str] = field(default_factory=list, metadata={"help": "Names of slides or sources to leave out."})
+    exclude_patients: list[str] = field(default_factory=list, metadata={"help": "Donors whose slides are left out."})
+    evaluation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Slides that must not enter, or .npz files of their fingerprints, as a corpus holds one."},
+    )
+    gene_table: str | None = field(
+        default=None,
+        metadata={"help": "TSV with gene_id and gene_name: the genes of the corpus; else all genes of local slides."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads go; default: .downloads in output."})
+    num_proc: int = field(default=1, metadata={"help": "Processes that read slides."})
+    shard: str | None = field(default=None, metadata={"help": "i/n: build the i-th of n parts of the sources, from 0."})
+    min_counts: int = field(default=QualityRules.min_counts, metadata={"help": "Counts that a spot needs."})
+    min_spots: int = field(default=QualityRules.min_spots, metadata={"help": "Spots that a slide needs."})
+    min_genes: int = field(default=QualityRules.min_genes, metadata={"help": "Known genes that a slide needs."})
+    target_sum: float = field(default=1e4, metadata={"help": "Counts per spot for means, deviations and vectors."})
+    rank: int = field(default=256, metadata={"help": "Leading gene vectors to compute; 0 = none."})
+    seed: int = field(default=0, metadata={"help": "Seed of the gene vectors."})
+    name: str = field(default="Spatial transcriptomics corpus", metadata={"help": "Title of the card."})
+
+
+def local_sources(patterns: Sequence[str]) -> list[Source]:
+    """Slides in folders, files or globs as sources; what a `slides.tsv` tells of them goes with them.
+
+    Raises:
+        FileNotFoundError: a pattern that matches nothing.
+    """
+    sources: list[Source] = []
+    for pattern in patterns:
+        for path in find_slides([pattern]):
+            inside = sorted(p for p in path.glob("*.h5ad")) if path.is_dir() else []
+            inside += sorted(p for p in path.iterdir() if (p / "spatial").is_dir()) if path.is_dir() else []
+            known = _slide_table(path if inside else path.parent)
+            for slide in inside or [path]:
+                told = known.get(slide_name(slide), {})
+                sources.append(Source(id=slide_name(slide), url=str(slide.resolve()), **told))
+    return sources
+
+
+def _slide_table(folder: Path) -> dict[str, dict[str, str]]:
+    """What `slides.tsv` in a folder or beside it tells, by name; empty where there is none."""
+    table = next((p for p in (folder / SLIDE_TABLE, folder.parent / SLIDE_TABLE) if p.is_file()), None)
+    if table is None:
+        return {}
+    columns = {f.name for f in fields(Source)} - {"id", "url", "layout", "checksum", "labels", "contents", "verified"}
+    told = {}
+    with table.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            row.setdefault("technology", row.get("platform", ""))
+            row.setdefault("source", row.get("source_repository", ""))
+            texts = {k: v or "" for k, v in row.items() if k in columns}
+            texts["role"] = "evaluation" if row.get("role") in EVALUATION_ROLES else "corpus"
+            told[row["name"]] = texts
+    return told
+
+
+def evaluation_fingerprints(
+    arguments: BuildArguments, sources: Sequence[Source], vocabulary: GeneVocabulary
+) -> list[Fingerprint]:
+    """Of every slide that must not enter: those given, and the local ones whose role is evaluation."""
+    found: list[Fingerprint] = []
+    paths = [Path(s.url) for s in sources if s.role == "evaluation" and s.is_local]
+    for given in arguments.evaluation:
+        if given.endswith(".npz"):
+            found += load_fingerprints(given)
+        else:
+            paths += find_slides([given])
+    for path in tqdm(paths, desc="fingerprint evaluation slides", disable=not paths):
+        # Without the donor: to leave out the donors of evaluation slides, too, is asked for by --exclude_patients.
+        found.append(fingerprint(read_slide(path), vocabulary, slide_name(path)))
+    return found
+
+
+def stage_all(plan: StagePlan, fetched: Sequence[Fetched], num_proc: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Records of all slides in the order of the sources, and a sentence for every source that failed."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    failures = [f"{f.source.id}: {f.error}" for f in fetched if f.error]
+    todo = []
+    for item in (f for f in fetched if f.path is not None):
+        done = staged(plan, item.source, item.path)
+        if done is None:
+            todo.append(item)
+        else:
+            records[item.source.id] = done
+    with tqdm(total=len(fetched), initial=len(records), desc="slides") as bar:
+        if num_proc > 1 and len(todo) > 1:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(num_proc, len(todo)), mp_context=context) as pool:
+                futures = {item.source.id: pool.submit(stage_source, plan, item.source, item.path) for item in todo}
+                for name, future in futures.items():
+                    records[name] = future.result()
+                    bar.update()
+        else:
+            for item in todo:
+                records[item.source.id] = stage_source(plan, item.source, item.path)
+                bar.update()
+    ordered = [record for item in fetched for record in records.get(item.source.id, [])]
+    failures += [f"{r['id']}: {r['refused']}" for r in ordered if r.get("refused", "").startswith("could not be read")]
+    return ordered, failures
+
+
+def mark_duplicates(output: Path, records: list[dict[str, Any]], source_ids: Sequence[str]) -> None:
+    """Of slides with the same content the first stays; the others are told and their rows removed."""
+    kept = {r["id"] for r in records if not r.get("refused") and not r.get("leak")}
+    prints = [f for name in source_ids for f in staged_fingerprints(output, name) if f.name in kept]
+    by_name = {record["id"]: record for record in records}
+    for first, second, found in find_duplicates(prints):
+        if not by_name[first].get("duplicate"):
+            by_name[second]["duplicate"] = f"{second} has the content of {first}: {found}."
+
+
+def in_shard(sources: Sequence[Source], shard: str | None) -> list[Source]:
+    """The sources of a part `i/n`.
+
+    Raises:
+        ValueError: anything but two whole numbers with 0 <= i < n.
+    """
+    if shard is None:
+        return list(sources)
+    part, _, parts = shard.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise ValueError(f"shard is {shard!r}: expected i/n with 0 <= i < n, such as 0/4.")
+    return list(sources)[int(part) :: int(parts)]
+
+
+def corpus_vocabulary(arguments: BuildArguments, sources: Sequence[Source]) -> GeneVocabulary:
+    """The gene table's genes, or those of all local slides.
+
+    Raises:
+        ValueError: no table, where sources have to be fetched first or other machines number genes too.
+    """
+    if arguments.gene_table is not None:
+        return GeneVocabulary.from_table(os.path.expanduser(os.path.expandvars(arguments.gene_table)))
+    if arguments.shard is not None or not all(source.is_local for source in sources):
+        raise ValueError("A gene table is needed to build in shards or from a manifest: give --gene_table.")
+    return vocabulary_of(read_slides([Path(source.url) for source in sources]), None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    (arguments,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses(argv)
+    output = Path(arguments.output)
+    sources = local_sources(arguments.slides)
+    sources += [] if arguments.manifest is None else read_manifest(arguments.manifest)
+    if not sources:
+        raise ValueError("No slides were given: name them with --slides or --manifest.")
+    repeated = sorted({s.id for s in sources if [t.id for t in sources].count(s.id) > 1})
+    if repeated:
+        raise ValueError(f"Two sources are called {repeated[0]!r}: every slide needs its own name.")
+    chosen = [s for s in sources if s.role == "corpus" and s.id not in arguments.exclude]
+    chosen = in_shard(chosen, arguments.shard)
+    vocabulary = corpus_vocabulary(arguments, [s for s in sources if s.role == "corpus"])
+    (output / "data").mkdir(parents=True, exist_ok=True)
+    (output / BUILD_FOLDER).mkdir(exist_ok=True)
+    guarded = evaluation_fingerprints(arguments, sources, vocabulary)
+    if guarded:
+        save_fingerprints(guarded, output / "evaluation.npz")
+    plan = StagePlan(
+        output=output,
+        vocabulary=vocabulary,
+        rules=QualityRules(arguments.min_counts, arguments.min_spots, arguments.min_genes),
+        evaluation=tuple(guarded),
+        evaluation_ids=tuple(s.id for s in sources if s.role == "evaluation"),
+        exclude_patients=tuple(arguments.exclude_patients),
+    )
+    cache = Path(arguments.cache_dir) if arguments.cache_dir else output / ".downloads"
+    records, failures = stage_all(plan, fetch_sources(chosen, cache), arguments.num_proc)
+    if arguments.shard is None:
+        finish(plan, arguments, records, [s.id for s in chosen])
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def finish(
+    plan: StagePlan, arguments: BuildArguments, records: list[dict[str, Any]], source_ids: Sequence[str]
+) -> None:
+    """Duplicates, the form for training, statistics and the report."""
+    output = plan.output
+    mark_duplicates(output, records, source_ids)
+    kept = [r["id"] for r in records if not any(r.get(reason) for reason in ("refused", "leak", "duplicate"))]
+    files = [row_file(output, name) for name in kept]
+    for stray in set((output / "data").glob("*.parquet")) - set(files):
+        stray.unlink()  # a duplicate, or a row of a source that is not asked for any more
+    assemble(output, files, plan.vocabulary, arguments.target_sum, arguments.rank, arguments.num_proc, arguments.seed)
+    extra = {
+        "name": arguments.name,
+        "configs": CONFIGS,
+        "content_sha256": content_hash(files),
+        "target_sum": arguments.target_sum,
+        "evaluation_slides": [f.name for f in plan.evaluation],
+    }
+    report = write_report(output, records, plan.rules, extra)
+    print(report.card().split("---", 2)[-1].strip())
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,262 @@
+"""Building a corpus from the command line: what enters, what is told, and that a kill or a shard changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from safetensors.numpy import load_file
+
+from data_processing.open_corpus import Corpus
+from data_processing.phantom import PhantomTissue
+from data_processing.window_dataset import WindowDataset
+from modeling_stimg import STPatchProcessor, read_slide
+
+ROOT = Path(__file__).parents[1]
+RULES = ("--min_counts", "60", "--min_genes", "100", "--rank", "8")
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "data_processing" / "build_corpus.py"), *map(str, arguments)]
+
+
+def build(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*RULES, *arguments),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        check=False,
+    )
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tissue: PhantomTissue) -> Path:
+    """Slides of many kinds, and a slides.tsv that says which are for evaluation."""
+    folder = tmp_path_factory.mktemp("slides")
+    rng = np.random.default_rng(0)
+    slides = {f"s{i}": tissue.slide(i, array=("visium", "square")[i % 2], median_counts=300) for i in range(4)}
+    evaluation = tissue.slide(9, median_counts=600)
+    slides["held_out"] = evaluation
+    # The evaluation slide under another name, shuffled, and with a third of its genes.
+    slides["other_name"] = evaluation.copy()
+    slides["shuffled"] = evaluation[rng.permutation(evaluation.n_obs)].copy()
+    slides["third"] = evaluation[:, np.sort(rng.permutation(evaluation.n_vars)[:70])].copy()
+    slides["twice"] = slides["s1"][rng.permutation(slides["s1"].n_obs)].copy()
+    slides["shallow"] = tissue.slide(5, median_counts=5)
+    for name, adata in slides.items():
+        adata.write_h5ad(folder / f"{name}.h5ad")
+    (folder / "broken.h5ad").write_text("no slide")
+    table = pd.DataFrame({"name": ["held_out", "s0"], "role": ["labelled", "unlabelled"], "organ": ["", "phantom"]})
+    table.to_csv(folder / "slides.tsv", sep="\t", index=False)
+    genes = "".join(f"{gene}\t{gene}\n" for gene in evaluation.var_names)
+    (folder / "genes.tsv").write_text(f"gene_id\tgene_name\n{genes}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("corpus") / "corpus"
+    run = build("--slides", folder, "--gene_table", folder / "genes.tsv", "--output", output, "--min_genes", 60)
+    assert run.returncode == 1, run.stderr[-3000:]
+    assert "failed: broken: could not be read" in run.stderr
+    assert "Traceback" not in run.stderr
+    return output
+
+
+def test_only_slides_that_may_enter_are_in_and_every_other_has_a_reason(corpus: Path):
+    records = {record["id"]: record for record in report_of(corpus)["records"]}
+    assert set(records) == {"s0", "s1", "s2", "s3", "other_name", "shuffled", "third", "twice", "shallow", "broken"}
+    for name in ("other_name", "shuffled", "third"):
+        assert "has the content of evaluation slide held_out" in records[name]["leak"], name
+    assert "twice has the content of s1" in records["twice"]["duplicate"]
+    assert "at least 60 counts" in records["shallow"]["refused"]
+    assert "could not be read" in records["broken"]["refused"]
+    assert Corpus(corpus).column("id") == ["s0", "s1", "s2", "s3"]
+    assert sorted(p.stem for p in (corpus / "data").iterdir()) == ["s0", "s1", "s2", "s3"]
+    card = (corpus / "README.md").read_text()
+    for name in ("third", "twice", "shallow", "broken"):
+        assert name in card
+
+
+def test_rows_hold_the_counts_of_the_slides(corpus: Path, folder: Path):
+    built = Corpus(corpus)
+    processor = STPatchProcessor(built.vocabulary, window_size=6, num_channels=32)
+    images = built.images(processor)
+    records = {record["id"]: record for record in report_of(corpus)["records"]}
+    for number, name in enumerate(built.column("id")):
+        adata = read_slide(folder / f"{name}.h5ad")
+        kept = adata[np.asarray(adata.X.sum(1)).ravel() >= 60].copy()
+        assert records[name]["spots_low_counts"] == adata.n_obs - kept.n_obs
+        expected = processor.slide_to_image(kept)
+        np.testing.assert_array_equal(np.asarray(images[number].values), expected.values)
+        a, b = (processor(image, num_windows=4) for image in (images[number], expected))
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_published_and_training_form_load_and_agree(corpus: Path, tmp_path: Path):
+    published = datasets.load_dataset(str(corpus), split="train", cache_dir=str(tmp_path))
+    trained = datasets.load_from_disk(str(corpus / "arrow"))
+    assert published.features == trained.features
+    assert published["id"] == trained["id"] == ["s0", "s1", "s2", "s3"]
+    assert published["organ"][0] == "phantom"
+    for row in range(4):
+        for name in ("indptr", "indices", "counts", "barcode", "array_col"):
+            assert published[row][name] == trained[row][name]
+
+
+def test_statistics_are_those_of_the_slides(corpus: Path):
+    vocabulary = Corpus(corpus).vocabulary
+    images = Corpus(corpus).images(STPatchProcessor(vocabulary))
+    dense = []
+    for image in images:
+        values = np.zeros((image.num_spots, len(vocabulary)))
+        for spot in range(image.num_spots):
+            genes, of_spot, _ = image.expression(np.array([spot]))
+            values[spot, genes] = of_spot
+        dense.append(values)
+    dense = np.concatenate(dense)
+    np.testing.assert_allclose(vocabulary.mean, dense.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(vocabulary.share.sum(), 1, rtol=1e-4)
+    vectors = load_file(corpus / "gene_vectors.safetensors")["vectors"]
+    assert vectors.shape == (len(vocabulary), 8)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(8), atol=1e-4)
+
+
+def test_windows_are_drawn_in_proportion_to_tissue_and_need_no_copy_of_the_counts(corpus: Path):
+    built = Corpus(corpus)
+    processor = STPatchProcessor(built.vocabulary, window_size=6, num_channels=16)
+    windows = WindowDataset(built.images(processor), processor, 4000)
+    drawn = [windows.slide_of(index).name for index in range(4000)]
+    spots = np.array(built.column("num_spots"))
+    shares = np.array([drawn.count(name) for name in built.column("id")]) / 4000
+    np.testing.assert_allclose(shares, spots / spots.sum(), atol=0.03)
+    image = windows.images[0]
+    assert not image.values.counts.flags.owndata
+    assert not image.values.counts.flags.writeable, "the counts are the file's own pages"
+
+
+def test_a_second_run_builds_nothing_anew(corpus: Path, folder: Path):
+    before = {p.name: p.stat().st_mtime_ns for p in (corpus / "data").iterdir()}
+    content = report_of(corpus)["extra"]["content_sha256"]
+    run = build("--slides", folder, "--gene_table", folder / "genes.tsv", "--output", corpus, "--min_genes", 60)
+    assert run.returncode == 1
+    assert {p.name: p.stat().st_mtime_ns for p in (corpus / "data").iterdir()} == before
+    assert report_of(corpus)["extra"]["content_sha256"] == content
+
+
+def test_shards_and_processes_build_the_same(corpus: Path, folder: Path, tmp_path: Path):
+    options = ("--slides", folder, "--gene_table", folder / "genes.tsv", "--min_genes", 60)
+    for part in ("1/2", "0/2"):
+        run = build(*options, "--output", tmp_path / "parts", "--shard", part)
+        assert run.returncode == ("broken" in run.stderr), run.stderr
+        assert not (tmp_path / "parts" / "arrow").exists()
+    assert build(*options, "--output", tmp_path / "parts", "--num_proc", 2).returncode == 1
+    assert report_of(tmp_path / "parts") == report_of(corpus)
+    assert (tmp_path / "parts" / "genes.json").read_bytes() == (corpus / "genes.json").read_bytes()
+
+
+def test_killed_in_the_middle_and_run_again_is_the_same(corpus: Path, folder: Path, tmp_path: Path):
+    options = ("--slides", folder, "--gene_table", folder / "genes.tsv", "--min_genes", 60, "--output", tmp_path / "c")
+    process = subprocess.Popen(command(*RULES, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "c" / "data").glob("*.parquet"))) < 2:
+        assert process.poll() is None, "the build ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "c" / "arrow").exists()
+    with pytest.raises(FileNotFoundError, match="built to its end"):
+        Corpus(tmp_path / "c")
+    assert build(*options).returncode == 1
+    assert report_of(tmp_path / "c") == report_of(corpus)
+    for name in ("genes.json", "README.md"):
+        assert (tmp_path / "c" / name).read_bytes() == (corpus / name).read_bytes()
+
+
+def test_a_model_is_pretrained_on_a_corpus(corpus: Path, tmp_path: Path):
+    small = "--hidden_size 8 --num_attention_heads 2 --num_hidden_layers 1 --intermediate_size 16 --window_size 6"
+    small += " --decoder_hidden_size 8 --decoder_num_hidden_layers 1 --decoder_num_attention_heads 2 --num_channels 16"
+    run = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "train" / "run_pretrain.py"), "--corpus", str(corpus)),
+            *("--output_dir", str(tmp_path / "model"), "--max_steps", "2", "--dataloader_num_workers", "1"),
+            *("--normalization", "standardized", *small.split()),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads((tmp_path / "model" / "pretraining.json").read_text())
+    assert [slide["name"] for slide in told["slides"]] == ["s0", "s1", "s2", "s3"]
+    assert STPatchProcessor.from_pretrained(tmp_path / "model").vocabulary == Corpus(corpus).vocabulary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "No slides were given"),
+        (("--slides", "nowhere"), "No slide matches"),
+        (("--slides", "{folder}", "--shard", "2/2"), "expected i/n"),
+        (("--slides", "{folder}", "--shard", "0/2"), "A gene table is needed"),
+        (("--slides", "{folder}/s0.h5ad", "{folder}/s0.h5ad", "{folder}/s0.h5ad"), "Two sources are called 's0'"),
+        (("--slides", "{folder}/s0.h5ad", "--min_counts", "0"), "min_counts is 0"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(folder: Path, tmp_path: Path, arguments: tuple[str, ...], message: str):
+    run = subprocess.run(
+        command("--output", tmp_path / "c", *(a.format(folder=folder) for a in arguments)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "c" / "arrow").exists()
+
+
+@pytest.mark.real_data
+def test_the_real_corpus_has_37_sections(real_data: Path, tmp_path: Path):
+    run = subprocess.run(
+        command(
+            *("--slides", real_data / "slides", "--gene_table", real_data / "genes" / "ensembl_symbol.tsv"),
+            *("--output", tmp_path / "c", "--rank", 0),
+        ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    totals = report_of(tmp_path / "c")
+    assert sum(record["spots_in"] for record in totals["records"]) == 23_390
+    built = Corpus(tmp_path / "c")
+    assert len(built) == 37
+    assert sum(built.column("num_spots")) == sum(r["num_spots"] for r in totals["records"]) > 22_000
+    labelled = pd.read_csv(real_data / "slides.tsv", sep="\t").query("role == 'labelled'")["name"]
+    assert not set(built.column("id")) & set(labelled)
+
+
+def test_anndata_is_not_changed_by_its_row(slides: dict[str, AnnData], vocabulary):
+    from data_processing.st_corpus import slide_row
+
+    adata, before = slides["square"], slides["square"].copy()
+    slide_row(adata, vocabulary, "x")
+    assert (adata.X != before.X).nnz == 0
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
