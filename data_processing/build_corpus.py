@@ -34,11 +34,13 @@ from data_processing.slide_fingerprint import Fingerprint, fingerprint
 from data_processing.sources import Source, read_manifest
 from data_processing.staging import (
     BUILD_FOLDER,
+    UNAVAILABLE,
     StagePlan,
     row_file,
     stage_source,
     staged,
     staged_fingerprints,
+    unfetched_record,
 )
 from modeling_stimg import GeneVocabulary, read_slide
 
@@ -136,8 +138,7 @@ def evaluation_fingerprints(
 
 def stage_all(plan: StagePlan, fetched: Sequence[Fetched], num_proc: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Records of all slides in the order of the sources, and a sentence for every source that failed."""
-    records: dict[str, list[dict[str, Any]]] = {}
-    failures = [f"{f.source.id}: {f.error}" for f in fetched if f.error]
+    records = {f.source.id: [unfetched_record(f)] for f in fetched if f.error}
     todo = []
     for item in (f for f in fetched if f.path is not None):
         done = staged(plan, item.source, item.path)
@@ -157,9 +158,8 @@ def stage_all(plan: StagePlan, fetched: Sequence[Fetched], num_proc: int) -> tup
             for item in todo:
                 records[item.source.id] = stage_source(plan, item.source, item.path)
                 bar.update()
-    ordered = [record for item in fetched for record in records.get(item.source.id, [])]
-    failures += [f"{r['id']}: {r['refused']}" for r in ordered if r.get("refused", "").startswith("could not be read")]
-    return ordered, failures
+    ordered = [record for item in fetched for record in records[item.source.id]]
+    return ordered, [f"{r['id']}: {r['refused']}" for r in ordered if r.get("refused", "").startswith(UNAVAILABLE)]
 
 
 def mark_duplicates(output: Path, records: list[dict[str, Any]], source_ids: Sequence[str]) -> None:

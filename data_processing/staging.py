@@ -16,6 +16,7 @@ from typing import Any
 from anndata import AnnData
 
 from data_processing.corpus import slide_patient
+from data_processing.fetching import Fetched
 from data_processing.fingerprints import LeakGuard, load_fingerprints, save_fingerprints
 from data_processing.layouts import read_source
 from data_processing.quality import LIBRARY, QualityRules, apply_quality
@@ -27,6 +28,8 @@ from modeling_stimg import GeneVocabulary, read_slide
 
 BUILD_FOLDER = ".build"
 STAGE_FORMAT = 1
+# How the reason begins where a source is to blame, not its content.
+UNAVAILABLE = "could not be"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def stage_source(plan: StagePlan, source: Source, path: Path) -> list[dict[str, 
     try:
         slides = {source.id: read_slide(path)} if source.is_local else read_source(path, source, work_dir)
     except (ValueError, OSError, ImportError) as error:
-        records.append({**_texts(source), "id": source.id, "refused": f"could not be read: {_sentence(error)}"})
+        records.append({**_texts(source), "id": source.id, "refused": f"{UNAVAILABLE} read: {_sentence(error)}"})
         slides = {}
     for name, adata in slides.items():
         record, print_of_slide = _stage_slide(plan, source, name, adata, guard)
@@ -106,6 +109,15 @@ def stage_source(plan: StagePlan, source: Source, path: Path) -> list[dict[str, 
     content = {"key": plan.key(source, path), "records": records}
     write_whole(build / f"{source.id}.json", (json.dumps(content, indent=1) + "\n").encode("utf-8"))
     return records
+
+
+def unfetched_record(fetched: Fetched) -> dict[str, Any]:
+    """What is told of a source that did not arrive."""
+    return {
+        **_texts(fetched.source),
+        "id": fetched.source.id,
+        "refused": f"{UNAVAILABLE} fetched: {fetched.error}",
+    }
 
 
 def _stage_slide(

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from loopback import serving
 from safetensors.numpy import load_file
 
 from data_processing.open_corpus import Corpus
@@ -206,6 +207,46 @@ def test_a_model_is_pretrained_on_a_corpus(corpus: Path, tmp_path: Path):
     told = json.loads((tmp_path / "model" / "pretraining.json").read_text())
     assert [slide["name"] for slide in told["slides"]] == ["s0", "s1", "s2", "s3"]
     assert STPatchProcessor.from_pretrained(tmp_path / "model").vocabulary == Corpus(corpus).vocabulary
+
+
+def test_a_manifest_is_fetched_and_one_failure_stops_no_other(folder: Path, tmp_path: Path):
+    with serving(folder) as server:
+        rows = [
+            ("one", "h5ad", server.address("s0.h5ad"), "corpus"),
+            ("gone", "h5ad", server.address("nowhere.h5ad"), "corpus"),
+            ("two", "h5ad", server.address("s1.h5ad"), "corpus"),
+            ("held_out", "h5ad", server.address("held_out.h5ad"), "evaluation"),
+        ]
+        columns = ["id", "source", "url", "layout", "checksum", "organism", "organ", "condition", "technology"]
+        columns += [
+            "licence",
+            "citation",
+            "patient",
+            "role",
+            "evaluation_set",
+            "labels",
+            "contents",
+            "verified",
+            "notes",
+        ]
+        table = pd.DataFrame(rows, columns=["id", "layout", "url", "role"]).assign(contents="slide", verified="no")
+        table.reindex(columns=columns, fill_value="").to_csv(tmp_path / "sources.tsv", sep="\t", index=False)
+        options = (
+            "--manifest",
+            tmp_path / "sources.tsv",
+            "--gene_table",
+            folder / "genes.tsv",
+            "--output",
+            tmp_path / "c",
+        )
+        run = build(*options)
+    assert run.returncode == 1, run.stderr[-2000:]
+    assert "failed: gone:" in run.stderr
+    assert "404" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert Corpus(tmp_path / "c").column("id") == ["one", "two"]
+    refused = {r["id"]: r["refused"] for r in report_of(tmp_path / "c")["records"] if r.get("refused")}
+    assert list(refused) == ["gone"]
 
 
 @pytest.mark.parametrize(
