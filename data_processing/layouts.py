@@ -23,6 +23,7 @@ from data_processing.sources import Source
 from data_processing.space_ranger_samples import MATRIX, arrange, find_samples, link
 from modeling_stimg import read_slide
 from modeling_stimg.counts_stimg import check_counts
+from modeling_stimg.slides import reading
 
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 _MAX_NESTING = 3
@@ -75,7 +76,7 @@ def _read_h5ad_files(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnD
 def _read_cellxgene(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnData]:
     slides = {}
     for name, path in _h5ad_files(files, scratch).items():
-        with _reading(path.name, "an .h5ad file"):
+        with reading(path.name, "an .h5ad file"):
             adata = read_h5ad(path)
         with _naming(name):
             slides[name] = read_slide(_raw_counts_in_tissue(adata))
@@ -145,7 +146,7 @@ def _read_zarr(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnData]:
     slides: dict[str, AnnData] = {}
     for (label, folder), store in zip(tables.items(), stores, strict=True):
         _check_codecs(folder)
-        with _reading(label or folder.name, "an AnnData in zarr"):
+        with reading(label or folder.name, "an AnnData in zarr"):
             adata = read_zarr(folder)
         name = store.removesuffix(".zarr") or "table"
         for region, part in _regions(adata):
@@ -270,7 +271,7 @@ def _zarr_tables(files: Mapping[str, Path]) -> dict[str, Path]:
     for label, path in files.items():
         if path.name not in (".zattrs", "zarr.json"):
             continue
-        with _reading(label, "JSON"):
+        with reading(label, "JSON"):
             content = json.loads(path.read_text(encoding="utf-8"))
             attributes = content if path.name == ".zattrs" else content.get("attributes", {})
             if attributes.get("encoding-type") == "anndata":
@@ -288,7 +289,7 @@ def _check_codecs(folder: Path) -> None:
     """Refuse a store that would be decoded by anything but the usual codecs."""
     for name in (".zarray", ".zmetadata", "zarr.json"):
         for path in sorted(folder.rglob(name)):
-            with _reading(path.name, "JSON"):
+            with reading(path.name, "JSON"):
                 content = json.loads(path.read_text(encoding="utf-8"))
             unknown = sorted(set(_codecs(content)) - _ZARR_CODECS)
             if unknown:
@@ -333,16 +334,3 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {str(error).rstrip('.')}.") from error
-
-
-@contextmanager
-def _reading(name: str, kind: str) -> Iterator[None]:
-    """Turn whatever a parser throws into one ValueError. Only parsing belongs inside: checks say more outside."""
-    try:
-        yield
-    except (MemoryError, ImportError):
-        raise
-    # Parsers of damaged files raise nearly anything: OSError, KeyError, TypeError, errors of codecs.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name} is damaged, cut short or not {kind} ({reason}): fetch it again") from error

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.results import markdown_table, write_results, write_whole
+from data_processing.writing import write_whole
+from eval.results import markdown_table, write_results
 
 Record = Mapping[str, Any]
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from data_processing.writing import write_whole
+
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "anndata")
 
 
@@ -62,16 +64,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} {value!r} cannot be written to results.json: pass plain values")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write through a temporary name, so that an interrupted run leaves no half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str | None:

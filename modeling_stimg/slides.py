@@ -94,7 +94,7 @@ def _read_path(path: Path) -> AnnData:
     if path.is_dir() and not name.endswith(".zarr"):
         return _read_space_ranger(_space_ranger_outs(path))
     if path.is_file() and name.endswith(".h5ad"):
-        with _reading(path.name, "an .h5ad file"):
+        with reading(path.name, "an .h5ad file"):
             return read_h5ad(path)
     if path.is_file() and _TABLE_SUFFIX.search(name):
         return _read_legacy_table(path)
@@ -104,7 +104,7 @@ def _read_path(path: Path) -> AnnData:
 
 
 @contextmanager
-def _reading(name: str, kind: str) -> Iterator[None]:
+def reading(name: str, kind: str) -> Iterator[None]:
     """Turn whatever a parser throws into one ValueError. Only parsing belongs inside: checks say more outside."""
     try:
         yield
@@ -146,7 +146,7 @@ def _as_csr(values: Any) -> sp.csr_matrix:
     """Counts (num_spots, num_genes) as canonical CSR; its arrays are those of `values` where they can be."""
     if not isinstance(values, np.ndarray) and not sp.issparse(values):
         raise ValueError(f"X is a {type(values).__name__}: pass raw counts in memory, as a NumPy array or a scipy CSR")
-    with _reading("X", "a matrix of numbers"):
+    with reading("X", "a matrix of numbers"):
         matrix = sp.csc_matrix(values) if sp.issparse(values) and values.format == "csc" else sp.csr_matrix(values)
         matrix.check_format(full_check=True)  # an index out of bounds would otherwise read foreign memory later on
         matrix = matrix.tocsr()
@@ -240,7 +240,7 @@ def _space_ranger_outs(folder: Path) -> Path:
 
 def _read_space_ranger(outs: Path) -> AnnData:
     name = f"{_MATRIX}.h5" if (outs / f"{_MATRIX}.h5").is_file() else _MATRIX
-    with _reading(name, "a 10x count matrix"):
+    with reading(name, "a 10x count matrix"):
         adata = _read_10x_h5(outs / name) if name.endswith(".h5") else _read_10x_mtx(outs / name)
     is_gene = (adata.var["feature_types"] == "Gene Expression").to_numpy()
     if not is_gene.all():
@@ -295,7 +295,7 @@ def _positions_of(barcodes: pd.Index, spatial: Path) -> pd.DataFrame:
     path = next((spatial / name for name in _POSITION_FILES if (spatial / name).is_file()), None)
     if path is None:
         raise ValueError(f"spatial/ holds no positions: looked for {', '.join(_POSITION_FILES)}, add one of them")
-    with _reading(f"spatial/{path.name}", "spot positions"):
+    with reading(f"spatial/{path.name}", "spot positions"):
         positions = _read_position_file(path)[_POSITION_COLUMNS].set_index("barcode")
     if not positions.index.is_unique:
         twice = positions.index[positions.index.duplicated()][0]
@@ -329,18 +329,18 @@ def _images_and_scales(spatial: Path) -> dict[str, dict[str, Any]]:
     for name in ("hires", "lowres"):
         path = spatial / f"tissue_{name}_image.png"
         if path.is_file():
-            with _reading(f"spatial/{path.name}", "an image"), Image.open(path) as image:
+            with reading(f"spatial/{path.name}", "an image"), Image.open(path) as image:
                 images[name] = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     scales = spatial / "scalefactors_json.json"
     if not scales.is_file():
         return {"images": images, "scalefactors": {}}
-    with _reading(f"spatial/{scales.name}", "JSON"):
+    with reading(f"spatial/{scales.name}", "JSON"):
         return {"images": images, "scalefactors": json.loads(scales.read_text())}
 
 
 def _read_legacy_table(path: Path) -> AnnData:
     """A table of counts, spots x genes or genes x spots: whichever axis is named XxY holds the spots."""
-    with _reading(path.name, "a legacy ST count table"):
+    with reading(path.name, "a legacy ST count table"):
         rows, columns, frame = _read_table(path)
     values = _table_counts(frame)
     xy = _positions_in_names(rows)
@@ -386,7 +386,7 @@ def _spot_pixels(path: Path, xy: np.ndarray) -> np.ndarray | None:
     table = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
     if table is None:
         return None
-    with _reading(table.name, "a table of spots (x, y, pixel_x, pixel_y)"):
+    with reading(table.name, "a table of spots (x, y, pixel_x, pixel_y)"):
         spots = pd.read_csv(table, sep="\t")[["x", "y", "pixel_x", "pixel_y"]].astype(np.float64)
         places = pd.MultiIndex.from_arrays(np.rint(spots[["x", "y"]].to_numpy().T))
     # Two rows on one place: the first. A pixel position is a convenience, no reason to refuse the counts.
