@@ -1,10 +1,11 @@
 """From rows on disk to a corpus that trains: the memory-mapped form, gene statistics, and leading gene vectors.
 
 A corpus folder holds `data/*.parquet` (one slide each, the form to publish), and from `assemble` on `genes.json`,
-`gene_vectors.safetensors` and `arrow/` (the same rows, memory-mapped in training).
+`gene_vectors.safetensors`, `arrow/` (the same rows, memory-mapped in training) and, last, `corpus.json`.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from data_processing.gene_statistics import GeneSums, leading_gene_vectors
-from data_processing.open_corpus import ARROW_FOLDER, Corpus
+from data_processing.open_corpus import ARROW_FOLDER, CORPUS_FILE, Corpus
 from data_processing.st_corpus import STCorpus
+from data_processing.writing import write_whole
 from modeling_stimg import GeneVocabulary, STPatchProcessor
 
 DATA_FOLDER = "data"
@@ -45,9 +47,11 @@ def assemble(
     Raises:
         ValueError: no files.
     """
+    for stale in (CORPUS_FILE, VECTORS_FILE):
+        (folder / stale).unlink(missing_ok=True)  # from here on the corpus is not whole
     _write_arrow(folder, files, num_proc)
     vocabulary.save(folder)
-    corpus = Corpus(folder)
+    corpus = Corpus(folder, unfinished=True)
     images = corpus.images(STPatchProcessor(vocabulary, target_sum=target_sum))
     sums = GeneSums.of(images, progress)
     vocabulary = vocabulary.with_statistics(*sums.moments(), share=sums.shares())
@@ -55,11 +59,11 @@ def assemble(
         vectors = leading_gene_vectors(images, vocabulary.mean, vocabulary.deviation, rank, seed, progress=progress)
         temporary = folder / f"{VECTORS_FILE}.tmp"
         # safetensors writes the bytes as they lie in memory, whatever the strides say.
-        save_file(
-            {"vectors": np.ascontiguousarray(vectors)}, temporary, metadata={"target_sum": repr(float(target_sum))}
-        )
+        save_file({"vectors": np.ascontiguousarray(vectors)}, temporary)
         temporary.replace(folder / VECTORS_FILE)
     vocabulary.save(folder)
+    facts = {"slides": len(files), "vocabulary": vocabulary.ids_sha256, "target_sum": float(target_sum)}
+    write_whole(folder / CORPUS_FILE, (json.dumps(facts, indent=1) + "\n").encode("utf-8"))
     return Corpus(folder)
 
 
@@ -90,16 +94,14 @@ def content_hash(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def load_vectors(folder: Path, target_sum: float | str, rank: int) -> np.ndarray | None:
+def load_vectors(corpus: Corpus, target_sum: float | str, rank: int) -> np.ndarray | None:
     """The first `rank` leading gene vectors of a corpus, float32 (vocabulary, rank).
 
     None where it has fewer, or those of another `target_sum`.
     """
-    path = folder / VECTORS_FILE
-    if not path.exists() or target_sum == "panel":
+    path = corpus.folder / VECTORS_FILE
+    if not path.exists() or target_sum != corpus.target_sum:
         return None
     with safe_open(path, "np") as file:
         vectors = file.get_slice("vectors")
-        if file.metadata()["target_sum"] != repr(float(target_sum)) or vectors.get_shape()[1] < rank:
-            return None
-        return vectors[:, :rank]
+        return vectors[:, :rank] if vectors.get_shape()[1] >= rank else None

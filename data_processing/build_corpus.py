@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,12 @@ from data_processing.staging import (
     stage_source,
     staged,
     staged_fingerprints,
-    unfetched_record,
+    unavailable_record,
 )
 from modeling_stimg import GeneVocabulary, read_slide
 
 SLIDE_TABLE = "slides.tsv"
-EVALUATION_ROLES = ("evaluation", "labelled")
+CORPUS_ROLES, EVALUATION_ROLES = ("", "corpus", "unlabelled"), ("evaluation", "labelled")
 CONFIGS = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n"
 
 
@@ -84,13 +85,17 @@ class BuildArguments:
     name: str = field(default="Spatial transcriptomics corpus", metadata={"help": "Title of the card."})
 
 
-def local_sources(patterns: Sequence[str]) -> list[Source]:
+def local_sources(patterns: Sequence[str]) -> tuple[list[Source], list[str]]:
     """Slides in folders, files or globs as sources; what a `slides.tsv` tells of them goes with them.
 
+    Returns:
+        The sources, and the names of all evaluation slides that such tables list, also of those that are not here.
+
     Raises:
-        FileNotFoundError: a pattern that matches nothing.
+        FileNotFoundError: a pattern that matches nothing. ValueError: a `slides.tsv` with an unknown role.
     """
     sources: list[Source] = []
+    evaluation: dict[str, None] = {}
     for pattern in patterns:
         for path in find_slides([pattern]):
             inside = sorted(p for p in path.glob("*.h5ad")) if path.is_dir() else []
@@ -99,7 +104,8 @@ def local_sources(patterns: Sequence[str]) -> list[Source]:
             for slide in inside or [path]:
                 told = known.get(slide_name(slide), {})
                 sources.append(Source(id=slide_name(slide), url=str(slide.resolve()), **told))
-    return sources
+            evaluation |= {name: None for name, told in known.items() if told["role"] == "evaluation"}
+    return sources, list(evaluation)
 
 
 def _slide_table(folder: Path) -> dict[str, dict[str, str]]:
@@ -109,13 +115,19 @@ def _slide_table(folder: Path) -> dict[str, dict[str, str]]:
         return {}
     columns = {f.name for f in fields(Source)} - {"id", "url", "layout", "checksum", "labels", "contents", "verified"}
     told = {}
-    with table.open(encoding="utf-8", newline="") as file:
+    with table.open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
+            role = (row.get("role") or "").strip().casefold()
+            if not row.get("name") or role not in (*CORPUS_ROLES, *EVALUATION_ROLES):
+                raise ValueError(
+                    f"{table} has a row of name {row.get('name')!r} and role {row.get('role')!r}: expected a name, and "
+                    f"one of the roles {', '.join((*CORPUS_ROLES[1:], *EVALUATION_ROLES))}, or none."
+                )
             row.setdefault("technology", row.get("platform", ""))
             row.setdefault("source", row.get("source_repository", ""))
             texts = {k: v or "" for k, v in row.items() if k in columns}
-            texts["role"] = "evaluation" if row.get("role") in EVALUATION_ROLES else "corpus"
-            told[row["name"]] = texts
+            texts["role"] = "evaluation" if role in EVALUATION_ROLES else "corpus"
+            told[row["name"].strip()] = texts
     return told
 
 
@@ -138,7 +150,7 @@ def evaluation_fingerprints(
 
 def stage_all(plan: StagePlan, fetched: Sequence[Fetched], num_proc: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Records of all slides in the order of the sources, and a sentence for every source that failed."""
-    records = {f.source.id: [unfetched_record(f)] for f in fetched if f.error}
+    records = {f.source.id: [unavailable_record(f.source, "fetched", f.error)] for f in fetched if f.error}
     todo = []
     for item in (f for f in fetched if f.path is not None):
         done = staged(plan, item.source, item.path)
@@ -151,8 +163,12 @@ def stage_all(plan: StagePlan, fetched: Sequence[Fetched], num_proc: int) -> tup
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(num_proc, len(todo)), mp_context=context) as pool:
                 futures = {item.source.id: pool.submit(stage_source, plan, item.source, item.path) for item in todo}
-                for name, future in futures.items():
-                    records[name] = future.result()
+                for item in todo:
+                    try:
+                        records[item.source.id] = futures[item.source.id].result()
+                    except BrokenProcessPool:
+                        message = "the process that read it died, perhaps for memory: try fewer with --num_proc"
+                        records[item.source.id] = [unavailable_record(item.source, "built", message)]
                     bar.update()
         else:
             for item in todo:
@@ -170,6 +186,10 @@ def mark_duplicates(output: Path, records: list[dict[str, Any]], source_ids: Seq
     for first, second, found in find_duplicates(prints):
         if not by_name[first].get("duplicate"):
             by_name[second]["duplicate"] = f"{second} has the content of {first}: {found}."
+
+
+def _reason(record: dict[str, Any]) -> str:
+    return next((record[key] for key in ("refused", "leak", "duplicate") if record.get(key)), "")
 
 
 def in_shard(sources: Sequence[Source], shard: str | None) -> list[Source]:
@@ -202,13 +222,16 @@ def corpus_vocabulary(arguments: BuildArguments, sources: Sequence[Source]) -> G
 def main(argv: list[str] | None = None) -> int:
     (arguments,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses(argv)
     output = Path(arguments.output)
-    sources = local_sources(arguments.slides)
+    sources, evaluation_ids = local_sources(arguments.slides)
     sources += [] if arguments.manifest is None else read_manifest(arguments.manifest)
     if not sources:
         raise ValueError("No slides were given: name them with --slides or --manifest.")
     repeated = sorted({s.id for s in sources if [t.id for t in sources].count(s.id) > 1})
     if repeated:
         raise ValueError(f"Two sources are called {repeated[0]!r}: every slide needs its own name.")
+    unknown = [n for n in arguments.exclude if n.partition("/")[0] not in {s.id for s in sources}]
+    if unknown:
+        raise ValueError(f"There is no slide or source {unknown[0]!r} to exclude: check the name.")
     chosen = [s for s in sources if s.role == "corpus" and s.id not in arguments.exclude]
     chosen = in_shard(chosen, arguments.shard)
     vocabulary = corpus_vocabulary(arguments, [s for s in sources if s.role == "corpus"])
@@ -222,16 +245,30 @@ def main(argv: list[str] | None = None) -> int:
         vocabulary=vocabulary,
         rules=QualityRules(arguments.min_counts, arguments.min_spots, arguments.min_genes),
         evaluation=tuple(guarded),
-        evaluation_ids=tuple(s.id for s in sources if s.role == "evaluation"),
+        evaluation_ids=tuple(dict.fromkeys([*evaluation_ids, *(s.id for s in sources if s.role == "evaluation")])),
         exclude_patients=tuple(arguments.exclude_patients),
+        exclude=tuple(name for name in arguments.exclude if "/" in name),
     )
+    warn_of_ids_alone(plan)
     cache = Path(arguments.cache_dir) if arguments.cache_dir else output / ".downloads"
     records, failures = stage_all(plan, fetch_sources(chosen, cache), arguments.num_proc)
-    if arguments.shard is None:
-        finish(plan, arguments, records, [s.id for s in chosen])
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
+    if arguments.shard is None:
+        finish(plan, arguments, records, [s.id for s in chosen])
     return 1 if failures else 0
+
+
+def warn_of_ids_alone(plan: StagePlan) -> None:
+    """Tell which evaluation slides cannot be recognised by content."""
+    by_content = {known.name for known in plan.evaluation}
+    by_id_alone = [name for name in plan.evaluation_ids if name not in by_content]
+    if by_id_alone:
+        print(
+            f"warning: {len(by_id_alone)} evaluation slides, e.g. {by_id_alone[0]}, are known by id alone: under "
+            "another name they would not be recognised; give the slides, or their fingerprints, to --evaluation.",
+            file=sys.stderr,
+        )
 
 
 def finish(
@@ -242,8 +279,11 @@ def finish(
     mark_duplicates(output, records, source_ids)
     kept = [r["id"] for r in records if not any(r.get(reason) for reason in ("refused", "leak", "duplicate"))]
     files = [row_file(output, name) for name in kept]
-    for stray in set((output / "data").glob("*.parquet")) - set(files):
-        stray.unlink()  # a duplicate, or a row of a source that is not asked for any more
+    for stray in set((output / "data").iterdir()) - set(files):
+        stray.unlink()  # a duplicate, a row that is not asked for any more, what a killed build left
+    if not files:
+        reasons = "; ".join(f"{r['id']}: {_reason(r)}" for r in records[:3])
+        raise ValueError(f"None of {len(records)} slides may enter the corpus ({reasons}).")
     assemble(output, files, plan.vocabulary, arguments.target_sum, arguments.rank, arguments.num_proc, arguments.seed)
     extra = {
         "name": arguments.name,
@@ -251,6 +291,7 @@ def finish(
         "content_sha256": content_hash(files),
         "target_sum": arguments.target_sum,
         "evaluation_slides": [f.name for f in plan.evaluation],
+        "evaluation_ids": list(plan.evaluation_ids),
     }
     report = write_report(output, records, plan.rules, extra)
     print(report.card().split("---", 2)[-1].strip())

@@ -14,26 +14,26 @@ from data_processing.st_corpus import numpy_row
 from modeling_stimg import GeneVocabulary, SlideImage, STPatchProcessor
 
 ARROW_FOLDER = "arrow"
-REPORT_FILE = "report.json"
+CORPUS_FILE = "corpus.json"  # written last
 
 
 class Corpus:
     """A folder that `build_corpus.py` wrote.
 
     Args:
-        folder: with `arrow/` (the slides) and `genes.json` (their genes, with statistics).
+        folder: with `arrow/` (the slides), `genes.json` (their genes, with statistics) and `corpus.json`.
+        unfinished: do not ask whether it was built to its end.
 
     Raises:
         FileNotFoundError: no such folder, or a corpus that was not built to its end.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, unfinished: bool = False):
         self.folder = Path(folder)
-        missing = [n for n in (ARROW_FOLDER, "genes.json") if not (self.folder / n).exists()]
-        if missing:
+        if not unfinished and not (self.folder / CORPUS_FILE).exists():
             raise FileNotFoundError(
-                f"{self.folder} holds no {' and no '.join(missing)}: expected a corpus that "
-                "data_processing/build_corpus.py has built to its end."
+                f"{self.folder} holds no {CORPUS_FILE}: expected a corpus that data_processing/build_corpus.py has "
+                "built to its end."
             )
 
     @cached_property
@@ -56,9 +56,9 @@ class Corpus:
         return [SlideRecord(*row) for row in zip(*columns, strict=True)]
 
     @cached_property
-    def report(self) -> dict[str, Any]:
-        """What was decided while it was built."""
-        return json.loads((self.folder / REPORT_FILE).read_text(encoding="utf-8"))
+    def target_sum(self) -> float:
+        """Counts per spot at which gene statistics and vectors were computed."""
+        return json.loads((self.folder / CORPUS_FILE).read_text(encoding="utf-8"))["target_sum"]
 
     def images(self, processor: STPatchProcessor) -> "CorpusImages":
         """Every slide as an image of `processor`, made when it is first asked for."""

@@ -6,8 +6,8 @@ taken for finished only while everything that it depends on is the same.
 
 import hashlib
 import json
+import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 from anndata import AnnData
 
 from data_processing.corpus import slide_patient
-from data_processing.fetching import Fetched
 from data_processing.fingerprints import LeakGuard, load_fingerprints, save_fingerprints
 from data_processing.layouts import read_source
 from data_processing.quality import LIBRARY, QualityRules, apply_quality
@@ -28,6 +27,7 @@ from modeling_stimg import GeneVocabulary, read_slide
 
 BUILD_FOLDER = ".build"
 STAGE_FORMAT = 1
+MAX_FILE_NAME = 150
 # How the reason begins where a source is to blame, not its content.
 UNAVAILABLE = "could not be"
 
@@ -39,7 +39,7 @@ class StagePlan:
     Attributes:
         output: folder of the corpus. vocabulary: its genes. rules: of quality control.
         evaluation: fingerprints of slides that must not enter. evaluation_ids: names of such slides.
-        exclude_patients: whose slides are left out.
+        exclude_patients: whose slides are left out. exclude: names of slides that are.
     """
 
     output: Path
@@ -48,6 +48,7 @@ class StagePlan:
     evaluation: tuple[Fingerprint, ...] = ()
     evaluation_ids: tuple[str, ...] = ()
     exclude_patients: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     def key(self, source: Source, path: Path | None) -> str:
         """Changes whenever a source would be built into something else; `path`: the file that it is read from."""
@@ -58,6 +59,7 @@ class StagePlan:
             "evaluation": [(f.name, hashlib.sha256(f.multisets.tobytes()).hexdigest()) for f in self.evaluation],
             "evaluation_ids": self.evaluation_ids,
             "exclude_patients": self.exclude_patients,
+            "exclude": self.exclude,
             "source": asdict(source),
             "file": None if path is None or not path.is_file() else [path.stat().st_size, path.stat().st_mtime_ns],
         }
@@ -65,8 +67,11 @@ class StagePlan:
 
 
 def row_file(output: Path, slide: str) -> Path:
-    """Where the row of a slide lies; ids of collections have folders in them."""
-    return output / "data" / f"{slide.replace('/', '__')}.parquet"
+    """Where the row of a slide lies. Ids of collections have folders and odd characters in them: all are escaped."""
+    name = re.sub(r"[^A-Za-z0-9._-]", lambda match: f"@{ord(match[0]):06X}", slide)
+    if len(name) > MAX_FILE_NAME:
+        name = f"{name[:MAX_FILE_NAME]}@{hashlib.sha256(slide.encode('utf-8')).hexdigest()[:16]}"
+    return output / "data" / f"{name}.parquet"
 
 
 def staged(plan: StagePlan, source: Source, path: Path | None) -> list[dict[str, Any]] | None:
@@ -75,7 +80,10 @@ def staged(plan: StagePlan, source: Source, path: Path | None) -> list[dict[str,
     if not done.exists():
         return None
     content = json.loads(done.read_text(encoding="utf-8"))
-    return content["records"] if content["key"] == plan.key(source, path) else None
+    rows = [row_file(plan.output, r["id"]) for r in content["records"] if not r.get("refused") and not r.get("leak")]
+    # Rows that a later run did not ask for, and duplicates, were removed.
+    whole = content["key"] == plan.key(source, path) and all(row.exists() for row in rows)
+    return content["records"] if whole else None
 
 
 def staged_fingerprints(output: Path, source_id: str) -> list[Fingerprint]:
@@ -87,37 +95,38 @@ def staged_fingerprints(output: Path, source_id: str) -> list[Fingerprint]:
 def stage_source(plan: StagePlan, source: Source, path: Path) -> list[dict[str, Any]]:
     """Read a source's slides and write the rows of those that may enter; returns a record of each.
 
-    Content that cannot be read makes a record with the reason, no error: other sources go on.
+    What cannot be read or written makes a record with the reason, no error: other sources go on. Such a source does not
+    count as finished, because the reason may be gone tomorrow.
     """
     build = plan.output / BUILD_FOLDER
+    done, prints_file, work_dir = build / f"{source.id}.json", build / f"{source.id}.npz", build / "work" / source.id
+    for stale in (done, prints_file):
+        stale.unlink(missing_ok=True)
     guarded = plan.evaluation or plan.evaluation_ids or plan.exclude_patients
     guard = LeakGuard(plan.evaluation, plan.evaluation_ids, plan.exclude_patients) if guarded else None
-    work_dir = build / "work" / source.id
     records, prints = [], []
     try:
         slides = {source.id: read_slide(path)} if source.is_local else read_source(path, source, work_dir)
+        for name, adata in slides.items():
+            record, found = _stage_slide(plan, source, name, adata, guard)
+            records.append(record)
+            prints += [] if found is None else [found]
     except (ValueError, OSError, ImportError) as error:
-        records.append({**_texts(source), "id": source.id, "refused": f"{UNAVAILABLE} read: {_sentence(error)}"})
-        slides = {}
-    for name, adata in slides.items():
-        record, print_of_slide = _stage_slide(plan, source, name, adata, guard)
-        records.append(record)
-        prints += [] if print_of_slide is None else [print_of_slide]
-    shutil.rmtree(work_dir, ignore_errors=True)
+        records.append(unavailable_record(source, "read", _sentence(error)))
+    finally:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    if any(record.get("refused", "").startswith(UNAVAILABLE) for record in records):
+        return records
     if prints:
-        save_fingerprints(prints, build / f"{source.id}.npz")
+        save_fingerprints(prints, prints_file)
     content = {"key": plan.key(source, path), "records": records}
-    write_whole(build / f"{source.id}.json", (json.dumps(content, indent=1) + "\n").encode("utf-8"))
+    write_whole(done, (json.dumps(content, indent=1) + "\n").encode("utf-8"))
     return records
 
 
-def unfetched_record(fetched: Fetched) -> dict[str, Any]:
-    """What is told of a source that did not arrive."""
-    return {
-        **_texts(fetched.source),
-        "id": fetched.source.id,
-        "refused": f"{UNAVAILABLE} fetched: {fetched.error}",
-    }
+def unavailable_record(source: Source, what: str, reason: str) -> dict[str, Any]:
+    """What is told of a source that could not be fetched, read or built."""
+    return {**_texts(source), "id": source.id, "refused": f"{UNAVAILABLE} {what}: {reason}"}
 
 
 def _stage_slide(
@@ -126,21 +135,24 @@ def _stage_slide(
     """Decide on one slide, and write its row if it may enter."""
     texts = _texts(source, adata)
     record = {**texts, "id": name}
-    kept, decisions = apply_quality(adata, plan.vocabulary, plan.rules, source.organism)
-    record |= decisions.to_dict()
-    if kept is None:
-        return record, None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Observation names are not unique", category=UserWarning)
+    if name in plan.exclude:
+        return {**record, "refused": "left out by its name, as was asked for."}, None
+    try:
+        kept, decisions = apply_quality(adata, plan.vocabulary, plan.rules, source.organism)
+        record |= decisions.to_dict()
+        if kept is None:
+            return record, None
         # The guard sees the slide before spots and genes were dropped: more of it to recognise.
         found = fingerprint(adata, plan.vocabulary, name, texts["patient"])
-    record["leak"] = "" if guard is None else guard.check(found)
-    if not record["leak"]:
-        known = {k: v for k, v in texts.items() if k in TEXT_COLUMNS}
-        row = slide_row(kept, plan.vocabulary, name, kept.obs[LIBRARY].to_numpy(), adata.n_vars, **known)
-        record["spots_sharing_a_place"] = kept.n_obs - row["num_spots"]
-        record["num_spots"], record["num_non_zeros"] = row["num_spots"], row["num_non_zeros"]
-        write_row(row, row_file(plan.output, name))
+        record["leak"] = "" if guard is None else guard.check(found)
+        if not record["leak"]:
+            known = {k: v for k, v in texts.items() if k in TEXT_COLUMNS}
+            row = slide_row(kept, plan.vocabulary, name, kept.obs[LIBRARY].to_numpy(), adata.n_vars, **known)
+            record["spots_sharing_a_place"] = kept.n_obs - row["num_spots"]
+            record["num_spots"], record["num_non_zeros"] = row["num_spots"], row["num_non_zeros"]
+            write_row(row, row_file(plan.output, name))
+    except (ValueError, OSError) as error:
+        return {**record, "refused": f"{UNAVAILABLE} built: {_sentence(error)}"}, None
     return record, found
 
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from data_processing.open_corpus import Corpus
 from data_processing.phantom import PhantomTissue
+from data_processing.staging import row_file
 from data_processing.window_dataset import WindowDataset
 from modeling_stimg import STPatchProcessor, read_slide
 
@@ -187,6 +188,73 @@ def test_killed_in_the_middle_and_run_again_is_the_same(corpus: Path, folder: Pa
     assert report_of(tmp_path / "c") == report_of(corpus)
     for name in ("genes.json", "README.md"):
         assert (tmp_path / "c" / name).read_bytes() == (corpus / name).read_bytes()
+
+
+def test_what_was_left_out_once_comes_back_when_asked_for(folder: Path, tmp_path: Path):
+    options = ("--slides", folder / "s0.h5ad", folder / "s1.h5ad", folder / "twice.h5ad", "--output", tmp_path / "c")
+    options += ("--gene_table", folder / "genes.tsv")
+    assert build(*options).returncode == 0
+    whole = report_of(tmp_path / "c")
+    assert build(*options, "--exclude", "s1").returncode == 0
+    assert Corpus(tmp_path / "c").column("id") == ["s0", "twice"]
+    assert build(*options, "--exclude", "s0", "--rank", 0).returncode == 0
+    assert Corpus(tmp_path / "c").column("id") == ["s1"]
+    assert not (tmp_path / "c" / "gene_vectors.safetensors").exists(), "those of other slides"
+    (tmp_path / "c" / "data" / "s9.parquet.tmp1").write_text("what a killed build left")
+    assert build(*options).returncode == 0
+    assert report_of(tmp_path / "c") == whole
+    assert sorted(p.name for p in (tmp_path / "c" / "data").iterdir()) == ["s0.parquet", "s1.parquet"]
+    run = build(*options, "--exclude", "s7")
+    assert run.returncode == 2
+    assert "no slide or source 's7'" in run.stderr
+
+
+def test_a_source_that_fails_today_is_tried_again_tomorrow(folder: Path, tmp_path: Path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name in ("s0.h5ad", "s1.h5ad"):
+        (slides / name).write_bytes((folder / name).read_bytes())
+    options = ("--slides", slides, "--gene_table", folder / "genes.tsv", "--output", tmp_path / "c")
+    (slides / "s1.h5ad").chmod(0)
+    blocked = not os.access(slides / "s1.h5ad", os.R_OK)
+    content = (slides / "s1.h5ad").read_bytes() if not blocked else b""
+    stamp = (slides / "s1.h5ad").stat()
+    if not blocked:  # root reads everything: cut the file instead, and keep its size and time
+        (slides / "s1.h5ad").write_bytes(b"\0" * stamp.st_size)
+        os.utime(slides / "s1.h5ad", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    run = build(*options)
+    assert run.returncode == 1
+    assert Corpus(tmp_path / "c").column("id") == ["s0"]
+    (slides / "s1.h5ad").chmod(0o644)
+    if content:
+        (slides / "s1.h5ad").write_bytes(content)
+        os.utime(slides / "s1.h5ad", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert build(*options).returncode == 0
+    assert Corpus(tmp_path / "c").column("id") == ["s0", "s1"]
+
+
+def test_when_nothing_may_enter_the_reasons_are_told(folder: Path, tmp_path: Path):
+    options = ("--gene_table", folder / "genes.tsv", "--output", tmp_path / "c")
+    run = build("--slides", folder / "shallow.h5ad", *options)
+    assert run.returncode == 2
+    assert "None of 1 slides may enter the corpus (shallow: " in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("role", ["test", "Labeled"])
+def test_an_unknown_role_is_no_licence_to_train(folder: Path, tmp_path: Path, role: str):
+    (tmp_path / "s0.h5ad").write_bytes((folder / "s0.h5ad").read_bytes())
+    (tmp_path / "slides.tsv").write_text(f"name\trole\ns0\t{role}\n")
+    run = build("--slides", tmp_path / "s0.h5ad", "--output", tmp_path / "c", "--gene_table", folder / "genes.tsv")
+    assert run.returncode == 2
+    assert f"role '{role}'" in run.stderr
+
+
+def test_rows_of_different_slides_never_share_a_file(tmp_path: Path):
+    names = ["a/b", "a__b", "a@b", "a@00002Fb", "a/b c", "a/b_c", "x" * 300, "x" * 299 + "y"]
+    files = {row_file(tmp_path, name) for name in names}
+    assert len(files) == len(names)
+    assert all(len(file.name) < 200 and file.parent == tmp_path / "data" for file in files)
 
 
 def test_a_model_is_pretrained_on_a_corpus(corpus: Path, tmp_path: Path):

@@ -70,7 +70,7 @@ def open_processor(
 
     built = Corpus(folder)
     vocabulary, options = built.vocabulary, {**processor_options(corpus, model), "target_sum": corpus.target_sum}
-    if corpus.target_sum != built.report["extra"]["target_sum"]:
+    if corpus.target_sum != built.target_sum:
         images = built.images(STPatchProcessor(vocabulary, **options))
         vocabulary = vocabulary.with_statistics(*GeneSums.of(images, progress=True).moments())
     processor = STPatchProcessor(vocabulary, normalization=corpus.normalization, **options)
@@ -83,7 +83,7 @@ def gene_vectors(processor: STPatchProcessor, images: Sequence[SlideImage], rank
     if built is not None:
         from data_processing.assembling import load_vectors
 
-        known = load_vectors(built.folder, processor.target_sum, rank)
+        known = load_vectors(built, processor.target_sum, rank)
         if known is not None:
             return known
     return leading_gene_vectors(images, processor.vocabulary.mean, processor.vocabulary.deviation, rank, seed)
