@@ -22,7 +22,6 @@ from data_processing.st_corpus import STCorpus
 from data_processing.writing import write_whole
 from modeling_stimg import GeneVocabulary, STPatchProcessor
 
-DATA_FOLDER = "data"
 VECTORS_FILE = "gene_vectors.safetensors"
 
 

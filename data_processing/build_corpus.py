@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 
 from data_processing.assembling import assemble, content_hash
 from data_processing.corpus import find_slides, read_slides, slide_name, vocabulary_of
-from data_processing.corpus_report import write_report
+from data_processing.corpus_report import IN_CORPUS, outcome, reason_of, write_report
 from data_processing.fetching import Fetched, fetch_sources
 from data_processing.fingerprints import find_duplicates, load_fingerprints, save_fingerprints
 from data_processing.quality import QualityRules
@@ -180,16 +180,12 @@ def stage_all(plan: StagePlan, fetched: Sequence[Fetched], num_proc: int) -> tup
 
 def mark_duplicates(output: Path, records: list[dict[str, Any]], source_ids: Sequence[str]) -> None:
     """Of slides with the same content the first stays; the others are told and their rows removed."""
-    kept = {r["id"] for r in records if not r.get("refused") and not r.get("leak")}
+    kept = {record["id"] for record in records if outcome(record) == IN_CORPUS}
     prints = [f for name in source_ids for f in staged_fingerprints(output, name) if f.name in kept]
     by_name = {record["id"]: record for record in records}
     for first, second, found in find_duplicates(prints):
         if not by_name[first].get("duplicate"):
             by_name[second]["duplicate"] = f"{second} has the content of {first}: {found}."
-
-
-def _reason(record: dict[str, Any]) -> str:
-    return next((record[key] for key in ("refused", "leak", "duplicate") if record.get(key)), "")
 
 
 def in_shard(sources: Sequence[Source], shard: str | None) -> list[Source]:
@@ -277,12 +273,12 @@ def finish(
     """Duplicates, the form for training, statistics and the report."""
     output = plan.output
     mark_duplicates(output, records, source_ids)
-    kept = [r["id"] for r in records if not any(r.get(reason) for reason in ("refused", "leak", "duplicate"))]
+    kept = [record["id"] for record in records if outcome(record) == IN_CORPUS]
     files = [row_file(output, name) for name in kept]
     for stray in set((output / "data").iterdir()) - set(files):
         stray.unlink()  # a duplicate, a row that is not asked for any more, what a killed build left
     if not files:
-        reasons = "; ".join(f"{r['id']}: {_reason(r)}" for r in records[:3])
+        reasons = "; ".join(f"{r['id']}: {reason_of(r)}" for r in records[:3])
         raise ValueError(f"None of {len(records)} slides may enter the corpus ({reasons}).")
     assemble(output, files, plan.vocabulary, arguments.target_sum, arguments.rank, arguments.num_proc, arguments.seed)
     extra = {

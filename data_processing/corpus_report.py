@@ -199,7 +199,7 @@ class CorpusReport:
 
     def _left_out(self) -> str:
         rows = [
-            (record["id"], record.get("source", ""), outcome(record), _reason(record))
+            (record["id"], record.get("source", ""), outcome(record), reason_of(record))
             for record in self.records
             if outcome(record) != IN_CORPUS
         ]
@@ -240,7 +240,8 @@ def write_report(
     return report
 
 
-def _reason(record: Record) -> str:
+def reason_of(record: Record) -> str:
+    """Why a slide is not in the corpus, "" where it is."""
     return next((str(record[key]) for key in REASONS if record.get(key)), "")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from anndata import AnnData
 
 from data_processing.corpus import slide_patient
+from data_processing.corpus_report import IN_CORPUS, outcome
 from data_processing.fingerprints import LeakGuard, load_fingerprints, save_fingerprints
 from data_processing.layouts import read_source
 from data_processing.quality import LIBRARY, QualityRules, apply_quality
@@ -80,7 +81,7 @@ def staged(plan: StagePlan, source: Source, path: Path | None) -> list[dict[str,
     if not done.exists():
         return None
     content = json.loads(done.read_text(encoding="utf-8"))
-    rows = [row_file(plan.output, r["id"]) for r in content["records"] if not r.get("refused") and not r.get("leak")]
+    rows = [row_file(plan.output, r["id"]) for r in content["records"] if outcome(r) == IN_CORPUS]
     # Rows that a later run did not ask for, and duplicates, were removed.
     whole = content["key"] == plan.key(source, path) and all(row.exists() for row in rows)
     return content["records"] if whole else None

@@ -19,8 +19,6 @@ from data_processing.window_dataset import WindowDataset
 from eval.throughput import anonymous_memory, binned_phantom, one_core
 from modeling_stimg import GeneVocabulary, STPatchProcessor
 
-VOCABULARY_PREFIX = "PHANTOM"
-
 
 def build_phantom_corpus(
     folder: Path, num_spots: int, spots_per_slide: int, num_genes: int, genes_per_spot: int, seed: int
@@ -33,7 +31,7 @@ def build_phantom_corpus(
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "data").mkdir(parents=True)
     start = time.perf_counter()
-    vocabulary = GeneVocabulary([f"{VOCABULARY_PREFIX}{i:05d}" for i in range(num_genes)])
+    vocabulary = GeneVocabulary([f"PHANTOM{i:05d}" for i in range(num_genes)])
     num_slides = max(1, round(num_spots / spots_per_slide))
     sizes = np.diff(np.linspace(0, num_spots, num_slides + 1).astype(int))
     files = []
