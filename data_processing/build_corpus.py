@@ -11,42 +11,46 @@ it. Writes `data/*.parquet` (to publish), `arrow/` (memory-mapped, for training)
 could not be fetched or read.
 """
 
-import csv
 import multiprocessing
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anndata import AnnData
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from data_processing.assembling import assemble, content_hash
-from data_processing.corpus import find_slides, read_slides, slide_name, vocabulary_of
 from data_processing.corpus_report import IN_CORPUS, outcome, reason_of, write_report
-from data_processing.fetching import Fetched, fetch_sources
-from data_processing.fingerprints import find_duplicates, load_fingerprints, save_fingerprints
+from data_processing.fetching import fetch_sources
+from data_processing.fingerprints import find_duplicates, save_fingerprints
+from data_processing.guarding import evaluation_fingerprints, told_by_content
+from data_processing.layouts import open_source
+from data_processing.local_slides import local_sources
 from data_processing.quality import QualityRules
-from data_processing.slide_fingerprint import Fingerprint, fingerprint
 from data_processing.sources import Source, read_manifest
 from data_processing.staging import (
     BUILD_FOLDER,
     UNAVAILABLE,
     StagePlan,
-    row_file,
+    place_rows,
+    sentence,
+    source_record,
     stage_source,
     staged,
     staged_fingerprints,
     unavailable_record,
 )
-from modeling_stimg import GeneVocabulary, read_slide
+from modeling_stimg import GeneVocabulary
 
-SLIDE_TABLE = "slides.tsv"
-CORPUS_ROLES, EVALUATION_ROLES = ("", "corpus", "unlabelled"), ("evaluation", "labelled")
 CONFIGS = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n"
 
 
@@ -69,6 +73,10 @@ class BuildArguments:
         default_factory=list,
         metadata={"help": "Slides that must not enter, or .npz files of their fingerprints, as a corpus holds one."},
     )
+    evaluation_by_id: bool = field(
+        default=False,
+        metadata={"help": "Go on although evaluation slides cannot be fetched or read: their names guard alone."},
+    )
     gene_table: str | None = field(
         default=None,
         metadata={"help": "TSV with gene_id and gene_name: the genes of the corpus; else all genes of local slides."},
@@ -85,80 +93,53 @@ class BuildArguments:
     name: str = field(default="Spatial transcriptomics corpus", metadata={"help": "Title of the card."})
 
 
-def local_sources(patterns: Sequence[str]) -> tuple[list[Source], list[str]]:
-    """Slides in folders, files or globs as sources; what a `slides.tsv` tells of them goes with them.
-
-    Returns:
-        The sources, and the names of all evaluation slides that such tables list, also of those that are not here.
+def chosen_sources(arguments: BuildArguments) -> tuple[list[Source], list[Source], list[Source]]:
+    """The sources to build, those left out by their name, and the evaluation slides, also without an address.
 
     Raises:
-        FileNotFoundError: a pattern that matches nothing. ValueError: a `slides.tsv` with an unknown role.
+        ValueError: nothing given, two sources of one name, or an excluded name that there is not.
+        FileNotFoundError: slides or a manifest that are not there.
     """
-    sources: list[Source] = []
-    evaluation: dict[str, None] = {}
-    for pattern in patterns:
-        for path in find_slides([pattern]):
-            inside = sorted(p for p in path.glob("*.h5ad")) if path.is_dir() else []
-            inside += sorted(p for p in path.iterdir() if (p / "spatial").is_dir()) if path.is_dir() else []
-            known = _slide_table(path if inside else path.parent)
-            for slide in inside or [path]:
-                told = known.get(slide_name(slide), {})
-                sources.append(Source(id=slide_name(slide), url=str(slide.resolve()), **told))
-            evaluation |= {name: None for name, told in known.items() if told["role"] == "evaluation"}
-    return sources, list(evaluation)
+    local, listed = local_sources(arguments.slides)
+    sources = local + ([] if arguments.manifest is None else read_manifest(arguments.manifest))
+    if not sources:
+        raise ValueError("No slides were given: name them with --slides or --manifest.")
+    by_id: dict[str, Source] = {}
+    for source in sources:
+        other = by_id.setdefault(source.id.casefold(), source)
+        if other is not source:
+            places = " and ".join(each.url for each in (other, source) if each.is_local)
+            where = f" ({places})" if places else ""
+            raise ValueError(f"Two sources are called {source.id!r}{where}: every slide needs its own name.")
+    unknown = [n for n in arguments.exclude if n.partition("/")[0] not in {s.id for s in sources}]
+    if unknown:
+        raise ValueError(f"There is no slide or source {unknown[0]!r} to exclude: check the name.")
+    evaluation = [s for s in sources if s.role == "evaluation"] + [s for s in listed if s.id.casefold() not in by_id]
+    chosen = [s for s in sources if s.role == "corpus" and s.id not in arguments.exclude]
+    return chosen, [s for s in sources if s.role == "corpus" and s.id in arguments.exclude], evaluation
 
 
-def _slide_table(folder: Path) -> dict[str, dict[str, str]]:
-    """What `slides.tsv` in a folder or beside it tells, by name; empty where there is none."""
-    table = next((p for p in (folder / SLIDE_TABLE, folder.parent / SLIDE_TABLE) if p.is_file()), None)
-    if table is None:
-        return {}
-    columns = {f.name for f in fields(Source)} - {"id", "url", "layout", "checksum", "labels", "contents", "verified"}
-    told = {}
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            role = (row.get("role") or "").strip().casefold()
-            if not row.get("name") or role not in (*CORPUS_ROLES, *EVALUATION_ROLES):
-                raise ValueError(
-                    f"{table} has a row of name {row.get('name')!r} and role {row.get('role')!r}: expected a name, and "
-                    f"one of the roles {', '.join((*CORPUS_ROLES[1:], *EVALUATION_ROLES))}, or none."
-                )
-            row.setdefault("technology", row.get("platform", ""))
-            row.setdefault("source", row.get("source_repository", ""))
-            texts = {k: v or "" for k, v in row.items() if k in columns}
-            texts["role"] = "evaluation" if role in EVALUATION_ROLES else "corpus"
-            told[row["name"].strip()] = texts
-    return told
+def stage_all(
+    plan: StagePlan, sources: Sequence[Source], cache_dir: Path, num_proc: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Records of all slides in the order of the sources, and a sentence for every source or slide that failed.
 
-
-def evaluation_fingerprints(
-    arguments: BuildArguments, sources: Sequence[Source], vocabulary: GeneVocabulary
-) -> list[Fingerprint]:
-    """Of every slide that must not enter: those given, and the local ones whose role is evaluation."""
-    found: list[Fingerprint] = []
-    paths = [Path(s.url) for s in sources if s.role == "evaluation" and s.is_local]
-    for given in arguments.evaluation:
-        if given.endswith(".npz"):
-            found += load_fingerprints(given)
-        else:
-            paths += find_slides([given])
-    for path in tqdm(paths, desc="fingerprint evaluation slides", disable=not paths):
-        # Without the donor: to leave out the donors of evaluation slides, too, is asked for by --exclude_patients.
-        found.append(fingerprint(read_slide(path), vocabulary, slide_name(path)))
-    return found
-
-
-def stage_all(plan: StagePlan, fetched: Sequence[Fetched], num_proc: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Records of all slides in the order of the sources, and a sentence for every source that failed."""
-    records = {f.source.id: [unavailable_record(f.source, "fetched", f.error)] for f in fetched if f.error}
+    What is finished already is neither fetched nor read.
+    """
+    records: dict[str, list[dict[str, Any]]] = {}
+    local = {f.source.id: f.path for f in fetch_sources([s for s in sources if s.is_local], cache_dir, progress=False)}
+    for source in tqdm(sources, desc="look for what is done", disable=not (plan.output / BUILD_FOLDER).exists()):
+        if not source.is_local or local[source.id] is not None:
+            done = staged(plan, source, local.get(source.id))
+            records |= {} if done is None else {source.id: done}
     todo = []
-    for item in (f for f in fetched if f.path is not None):
-        done = staged(plan, item.source, item.path)
-        if done is None:
-            todo.append(item)
+    for item in fetch_sources([source for source in sources if source.id not in records], cache_dir):
+        if item.path is None:
+            reason = item.error.removeprefix(f"{item.source.id}: ")
+            records[item.source.id] = [unavailable_record(item.source, "fetched", reason)]
         else:
-            records[item.source.id] = done
-    with tqdm(total=len(fetched), initial=len(records), desc="slides") as bar:
+            todo.append(item)
+    with tqdm(total=len(sources), initial=len(records), desc="slides") as bar:
         if num_proc > 1 and len(todo) > 1:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(num_proc, len(todo)), mp_context=context) as pool:
@@ -174,18 +155,17 @@ def stage_all(plan: StagePlan, fetched: Sequence[Fetched], num_proc: int) -> tup
             for item in todo:
                 records[item.source.id] = stage_source(plan, item.source, item.path)
                 bar.update()
-    ordered = [record for item in fetched for record in records[item.source.id]]
+    ordered = [record for source in sources for record in records[source.id]]
     return ordered, [f"{r['id']}: {r['refused']}" for r in ordered if r.get("refused", "").startswith(UNAVAILABLE)]
 
 
 def mark_duplicates(output: Path, records: list[dict[str, Any]], source_ids: Sequence[str]) -> None:
-    """Of slides with the same content the first stays; the others are told and their rows removed."""
+    """Of slides with the same content the first stays; the others are told."""
     kept = {record["id"] for record in records if outcome(record) == IN_CORPUS}
     prints = [f for name in source_ids for f in staged_fingerprints(output, name) if f.name in kept]
     by_name = {record["id"]: record for record in records}
     for first, second, found in find_duplicates(prints):
-        if not by_name[first].get("duplicate"):
-            by_name[second]["duplicate"] = f"{second} has the content of {first}: {found}."
+        by_name[second]["duplicate"] = f"{second} has the content of {first}: {found}."
 
 
 def in_shard(sources: Sequence[Source], shard: str | None) -> list[Source]:
@@ -202,8 +182,8 @@ def in_shard(sources: Sequence[Source], shard: str | None) -> list[Source]:
     return list(sources)[int(part) :: int(parts)]
 
 
-def corpus_vocabulary(arguments: BuildArguments, sources: Sequence[Source]) -> GeneVocabulary:
-    """The gene table's genes, or those of all local slides.
+def corpus_vocabulary(arguments: BuildArguments, sources: Sequence[Source], work_dir: Path) -> GeneVocabulary:
+    """The gene table's genes, or those of all local slides that can be read.
 
     Raises:
         ValueError: no table, where sources have to be fetched first or other machines number genes too.
@@ -212,71 +192,109 @@ def corpus_vocabulary(arguments: BuildArguments, sources: Sequence[Source]) -> G
         return GeneVocabulary.from_table(os.path.expanduser(os.path.expandvars(arguments.gene_table)))
     if arguments.shard is not None or not all(source.is_local for source in sources):
         raise ValueError("A gene table is needed to build in shards or from a manifest: give --gene_table.")
-    return vocabulary_of(read_slides([Path(source.url) for source in sources]), None)
+    return GeneVocabulary.from_slides(_readable_slides(sources, work_dir))
+
+
+def _readable_slides(sources: Sequence[Source], work_dir: Path) -> Iterator[AnnData]:
+    """The slides of local sources, one at a time. What cannot be read is told when it is to be built."""
+    for fetched in tqdm(fetch_sources(sources, work_dir, progress=False), desc="collect genes"):
+        try:
+            if fetched.path is None:
+                raise ValueError(fetched.error)
+            for read in open_source(fetched.path, fetched.source, work_dir).values():
+                yield read()
+        except (ValueError, OSError, ImportError) as error:
+            tqdm.write(f"its genes do not count: {sentence(error)}", file=sys.stderr)
+        finally:
+            shutil.rmtree(work_dir, ignore_errors=True)
+
+
+@contextmanager
+def sole_build(output: Path, shard: str | None) -> Iterator[None]:
+    """Let no second build work in the folder; shards are different builds.
+
+    Raises:
+        ValueError: there is one.
+    """
+    (output / "data").mkdir(parents=True, exist_ok=True)
+    (output / BUILD_FOLDER).mkdir(exist_ok=True)
+    name = "build" if shard is None else f"shard-{shard.replace('/', '-of-')}"
+    try:
+        with FileLock(output / BUILD_FOLDER / f"{name}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"Another build works in {output}: wait for it, or give another --output.") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     (arguments,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses(argv)
+    chosen, excluded, evaluation = chosen_sources(arguments)
+    part = in_shard(chosen, arguments.shard)
+    rules = QualityRules(arguments.min_counts, arguments.min_spots, arguments.min_genes)
+    with sole_build(Path(arguments.output), arguments.shard):
+        return build(arguments, rules, chosen, part, excluded, evaluation)
+
+
+def build(
+    arguments: BuildArguments,
+    rules: QualityRules,
+    chosen: Sequence[Source],
+    part: Sequence[Source],
+    excluded: Sequence[Source],
+    evaluation: Sequence[Source],
+) -> int:
+    """Everything after the arguments were understood; the exit status. `part`: of `chosen`, what this build reads."""
     output = Path(arguments.output)
-    sources, evaluation_ids = local_sources(arguments.slides)
-    sources += [] if arguments.manifest is None else read_manifest(arguments.manifest)
-    if not sources:
-        raise ValueError("No slides were given: name them with --slides or --manifest.")
-    repeated = sorted({s.id for s in sources if [t.id for t in sources].count(s.id) > 1})
-    if repeated:
-        raise ValueError(f"Two sources are called {repeated[0]!r}: every slide needs its own name.")
-    unknown = [n for n in arguments.exclude if n.partition("/")[0] not in {s.id for s in sources}]
-    if unknown:
-        raise ValueError(f"There is no slide or source {unknown[0]!r} to exclude: check the name.")
-    chosen = [s for s in sources if s.role == "corpus" and s.id not in arguments.exclude]
-    chosen = in_shard(chosen, arguments.shard)
-    vocabulary = corpus_vocabulary(arguments, [s for s in sources if s.role == "corpus"])
-    (output / "data").mkdir(parents=True, exist_ok=True)
-    (output / BUILD_FOLDER).mkdir(exist_ok=True)
-    guarded = evaluation_fingerprints(arguments, sources, vocabulary)
+    cache = Path(arguments.cache_dir) if arguments.cache_dir else output / ".downloads"
+    if arguments.shard is None:
+        shutil.rmtree(output / BUILD_FOLDER / "work", ignore_errors=True)  # of a build that was killed
+    vocabulary = corpus_vocabulary(arguments, chosen, output / BUILD_FOLDER / "work")
+    guarded = evaluation_fingerprints(
+        arguments.evaluation, evaluation, vocabulary, output, cache, arguments.evaluation_by_id
+    )
     if guarded:
         save_fingerprints(guarded, output / "evaluation.npz")
     plan = StagePlan(
         output=output,
         vocabulary=vocabulary,
-        rules=QualityRules(arguments.min_counts, arguments.min_spots, arguments.min_genes),
+        rules=rules,
         evaluation=tuple(guarded),
-        evaluation_ids=tuple(dict.fromkeys([*evaluation_ids, *(s.id for s in sources if s.role == "evaluation")])),
+        evaluation_ids=tuple(dict.fromkeys(name for source in evaluation for name in source.names)),
         exclude_patients=tuple(arguments.exclude_patients),
         exclude=tuple(name for name in arguments.exclude if "/" in name),
     )
-    warn_of_ids_alone(plan)
-    cache = Path(arguments.cache_dir) if arguments.cache_dir else output / ".downloads"
-    records, failures = stage_all(plan, fetch_sources(chosen, cache), arguments.num_proc)
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    if arguments.shard is None:
-        finish(plan, arguments, records, [s.id for s in chosen])
-    return 1 if failures else 0
-
-
-def warn_of_ids_alone(plan: StagePlan) -> None:
-    """Tell which evaluation slides cannot be recognised by content."""
-    by_content = {known.name for known in plan.evaluation}
-    by_id_alone = [name for name in plan.evaluation_ids if name not in by_content]
+    by_id_alone = [source.id for source in evaluation if not told_by_content(source, guarded)]
     if by_id_alone:
         print(
             f"warning: {len(by_id_alone)} evaluation slides, e.g. {by_id_alone[0]}, are known by id alone: under "
             "another name they would not be recognised; give the slides, or their fingerprints, to --evaluation.",
             file=sys.stderr,
         )
+    records, failures = stage_all(plan, part, cache, arguments.num_proc)
+    if arguments.shard is None:
+        left_out = [source_record(source, excluded="by its name.") for source in excluded]
+        left_out += [source_record(source, leak="an evaluation slide by its role.") for source in evaluation]
+        finish(plan, arguments, records, left_out, [s.id for s in part], by_id_alone)
+    if failures:
+        print(f"{len(failures)} of {len(records)} slides or sources failed:", file=sys.stderr)
+        for failure in failures:
+            print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def finish(
-    plan: StagePlan, arguments: BuildArguments, records: list[dict[str, Any]], source_ids: Sequence[str]
+    plan: StagePlan,
+    arguments: BuildArguments,
+    records: list[dict[str, Any]],
+    left_out: list[dict[str, Any]],
+    source_ids: Sequence[str],
+    by_id_alone: Sequence[str],
 ) -> None:
-    """Duplicates, the form for training, statistics and the report."""
+    """Duplicates, the form for training, statistics and the report; `left_out`: records of what was not looked at."""
     output = plan.output
     mark_duplicates(output, records, source_ids)
     kept = [record["id"] for record in records if outcome(record) == IN_CORPUS]
-    files = [row_file(output, name) for name in kept]
-    for stray in set((output / "data").iterdir()) - set(files):
-        stray.unlink()  # a duplicate, a row that is not asked for any more, what a killed build left
+    files = place_rows(output, kept, [record["id"] for record in records if record.get("duplicate")])
     if not files:
         reasons = "; ".join(f"{r['id']}: {reason_of(r)}" for r in records[:3])
         raise ValueError(f"None of {len(records)} slides may enter the corpus ({reasons}).")
@@ -286,16 +304,22 @@ def finish(
         "configs": CONFIGS,
         "content_sha256": content_hash(files),
         "target_sum": arguments.target_sum,
-        "evaluation_slides": [f.name for f in plan.evaluation],
+        "evaluation_slides": sorted({f.name for f in plan.evaluation}),
         "evaluation_ids": list(plan.evaluation_ids),
+        "evaluation_by_id_alone": list(by_id_alone),
     }
-    report = write_report(output, records, plan.rules, extra)
+    report = write_report(output, [*records, *left_out], plan.rules, extra)
     print(report.card().split("---", 2)[-1].strip())
 
 
-if __name__ == "__main__":
+def command_line(argv: list[str] | None = None) -> int:
+    """`main`, with one sentence in place of a traceback."""
     try:
-        sys.exit(main())
+        return main(argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from modeling_stimg import GeneVocabulary, SlideImage, STPatchProcessor, read_slide
 
+_SUFFIXES = re.compile(r"(?:\.(?:h5ad|h5|zarr|tsv|csv|txt|counts|gz))+$", re.IGNORECASE)
 PRETRAINING_FILE = "pretraining.json"
 
 
@@ -56,8 +58,9 @@ def find_slides(patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[Pa
 
 
 def slide_name(path: Path) -> str:
-    """The file name up to its first dot."""
-    return path.name.split(".")[0]
+    """The file name without the suffixes that tell its kind; of a folder called outs, the folder's it lies in."""
+    name = path.parent.name if path.name == "outs" else path.name
+    return _SUFFIXES.sub("", name) or name
 
 
 def slide_patient(adata: AnnData) -> str:

@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
-COUNTS = tuple(field.name for field in fields(Decisions) if field.name != "refused")
+# `num_spots`: of the row, one a site, so `spots_kept` = `num_spots` + `spots_sharing_a_place`.
+COUNTS = (
+    *(field.name for field in fields(Decisions) if field.name != "refused"),
+    "spots_sharing_a_place",
+    "num_spots",
+)
 # Why a slide is not in the corpus, in the order in which it counts, and how the card calls it.
 REASONS = {
+    "excluded": "left out as asked",
     "refused": "refused by quality control",
     "leak": "kept out for evaluation",
     "duplicate": "there already",
@@ -39,8 +45,9 @@ class CorpusReport:
 
     Attributes:
         records: one a slide, in the order of the manifest: `id`; the texts `source`, `organ`, `technology`, `patient`,
-            `licence`, `citation`, `role`; the fields of `Decisions`; and in `refused`, `leak` and `duplicate` the
-            reason why it is not in the corpus. What is missing is "" or 0; more keys are carried to `report.json`.
+            `licence`, `citation`, `role`; the fields of `Decisions`, `spots_sharing_a_place` and `num_spots` (of its
+            row); and in `excluded`, `refused`, `leak` and `duplicate` the reason why it is not in the corpus. What is
+            missing is "" or 0; more keys are carried to `report.json`.
         rules: the thresholds of quality control.
         extra: for the card: `name`, `description` (Markdown), `licence` (an identifier of the Hub, "other" where it is
             not given), `tags`, `configs` (YAML text that starts with `configs:`), `thresholds` (name -> value, beside
@@ -78,7 +85,7 @@ class CorpusReport:
         by_outcome = {name: [r for r in self.records if outcome(r) == name] for name in (IN_CORPUS, *REASONS.values())}
         return {
             "slides": len(self.kept),
-            "spots": _sum(self.kept, "spots_kept"),
+            "spots": _sum(self.kept, "num_spots"),
             "counts": _sum(self.kept, "counts_kept"),
             "patients": len({(r.get("source", ""), r["patient"]) for r in self.kept if r.get("patient")}),
             "slides_listed": len(self.records),
@@ -114,7 +121,7 @@ class CorpusReport:
 
     def figure(self) -> Figure:
         """Spots of the corpus by organ, one bar each, stacked by technology."""
-        spots = _grouped(self.kept, "organ", "technology", lambda records: _sum(records, "spots_kept"))
+        spots = _grouped(self.kept, "organ", "technology", lambda records: _sum(records, "num_spots"))
         organs = sorted(spots, key=lambda organ: -sum(spots[organ].values()))
         shown = {organ: spots[organ] for organ in organs[:MAX_BARS]}
         if len(organs) > MAX_BARS:
@@ -159,14 +166,14 @@ class CorpusReport:
         )
         roles = _by(self.kept, "role")
         if len(roles) > 1:
-            rows = [(role, f"{len(rs):,}", f"{_sum(rs, 'spots_kept'):,}") for role, rs in roles.items()]
+            rows = [(role, f"{len(rs):,}", f"{_sum(rs, 'num_spots'):,}") for role, rs in roles.items()]
             told.append(_table(("role", "slides", "spots"), rows))
         told.append("![Spots by organ and technology](report.png)\n\n`report.json` tells all of this slide by slide.")
         return "\n\n".join(told)
 
     def _organ_table(self) -> str:
         def cell(records: Sequence[Record]) -> str:
-            return f"{_sum(records, 'spots_kept'):,} ({len(records):,})"
+            return f"{_sum(records, 'num_spots'):,} ({len(records):,})"
 
         cells = _grouped(self.kept, "organ", "technology", cell)
         technologies = sorted(_by(self.kept, "technology"))
@@ -182,7 +189,7 @@ class CorpusReport:
         for source, listed in _by(self.records, "source").items():
             kept = [record for record in listed if outcome(record) == IN_CORPUS]
             patients = len({record["patient"] for record in kept if record.get("patient")})
-            rows.append((source, len(listed), len(kept), f"{_sum(kept, 'spots_kept'):,}", patients))
+            rows.append((source, len(listed), len(kept), f"{_sum(kept, 'num_spots'):,}", patients))
         return _table(("source", "slides listed", "slides", "spots", "known patients"), rows)
 
     def _decision_table(self) -> str:

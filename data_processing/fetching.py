@@ -88,15 +88,6 @@ def fetch_sources(
         logger.setLevel(level)
 
 
-def describe_failures(fetched: Sequence[Fetched]) -> str:
-    """How many sources are there, and one line for each that is not."""
-    failed = [f for f in fetched if f.path is None]
-    if not failed:
-        return f"All {len(fetched)} sources are there."
-    lines = [f"{len(failed)} of {len(fetched)} sources are not there:", *(f"- {f.error}" for f in failed)]
-    return "\n".join(lines)
-
-
 def _fetch(source: Source, cache_dir: Path, retry: Retry, bar: "_Bar", stop: threading.Event) -> Fetched:
     try:
         if not source.addresses:

@@ -93,7 +93,7 @@ class LeakGuard:
             if evidence:
                 return f"{name} is evaluation slide {evaluation} by its id ({evidence})."
         if _pieces(patient) in self.patients:
-            return f"{name} is of patient {patient}, of whom there is an evaluation slide."
+            return f"{name} is of patient {patient}, whose slides are left out."
         similarities = [(slide.name, similarity(fingerprint, slide)) for slide in self.fingerprints]
         for evaluation, found in similarities:
             if found.same:

@@ -11,20 +11,23 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData, read_h5ad, read_zarr
+from anndata.io import read_elem
 
 from data_processing.archives import gunzip, is_archive, unpack
 from data_processing.sources import Source
-from data_processing.space_ranger_samples import MATRIX, arrange, find_samples, link
+from data_processing.space_ranger_samples import MATRIX, Sample, arrange, find_samples, link
 from modeling_stimg import read_slide
 from modeling_stimg.counts_stimg import check_counts
 from modeling_stimg.slides import reading
 
+ReadSlide = Callable[[], AnnData]
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 _MAX_NESTING = 3
 # What zarr may decode with. Others are refused: the codec "pickle" of version 2 would run what it reads.
@@ -33,57 +36,84 @@ _ZARR_CODECS = {*_CODECS, *(f"numcodecs.{name}" for name in _CODECS), "bytes", "
 _ZARR_CODECS |= {"transpose", "vlen-array", "vlen-bytes", "vlen-utf8"}
 
 
-def read_source(path: str | Path, source: Source, work_dir: str | Path) -> dict[str, AnnData]:
-    """The slides of a source, each as `read_slide` gives it.
+def open_source(path: str | Path, source: Source, work_dir: str | Path) -> dict[str, ReadSlide]:
+    """The slides of a source, each as `read_slide` gives it, read when it is called: never all in memory.
 
     Args:
         path: what was fetched: a file, an archive, or a folder of either.
-        source: its row; `layout` says how to read, `member` which part of an archive is meant.
+        source: its row; `layout` says how to read, `member` which part of an archive is meant. A local file or folder
+            without a layout is one that `read_slide` knows.
         work_dir: archives are unpacked and files put in order here. It may be kept, which saves unpacking again, or
             removed once the slides are read.
 
     Returns:
-        Slide by id: the source's id, or where the source holds several slides `id/folder` with the slide's place in it.
+        By id: the source's own, or of a collection `id/folder` with the slide's place in it. A call raises ValueError,
+        in one sentence that names the source's id, where the content is no slide of this layout; OSError where the
+        disk is full, for example.
 
     Raises:
-        FileNotFoundError: `path` does not exist.
-        ValueError: content that is no slide of this layout, in one sentence that names the source's id.
-        OSError: where the disk is full, for example.
+        FileNotFoundError: `path` does not exist. ValueError, OSError: as above.
     """
     path, work_dir = Path(path), Path(work_dir)
     if not path.exists():
         raise FileNotFoundError(f"{source.id}: {path} does not exist: fetch the source first.")
     with _naming(source.id):
-        if not source.layout:
-            raise ValueError(f"its layout is not known: put one of {', '.join(_READERS)} into the manifest")
-        files = _of_member(_files(path, work_dir), source.member)
-        scratch = work_dir / "arranged" / source.id
-        if scratch.exists():
-            shutil.rmtree(scratch)
-        scratch.mkdir(parents=True)
-        slides = _READERS[source.layout](files, scratch)
-        if source.contents == "slide" and len(slides) > 1:
+        slides = _open(path, source, work_dir)
+        if source.contents == "collection":
+            return {f"{source.id}/{name}": _named(source.id, read) for name, read in slides.items()}
+        if len(slides) > 1:
             names = ", ".join(list(slides)[:4])
             raise ValueError(f"holds {len(slides)} slides ({names}), not one: set contents to collection or name one")
-        single = len(slides) == 1
-        return {source.id if single else f"{source.id}/{name}": slide for name, slide in slides.items()}
+        (read,) = slides.values()
+        return {source.id: _named(source.id, read)}
 
 
-def _read_h5ad_files(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnData]:
-    return {name: read_slide(path) for name, path in _h5ad_files(files, scratch).items()}
+def _open(path: Path, source: Source, work_dir: Path) -> dict[str, ReadSlide]:
+    if not source.layout:
+        if not source.is_local or source.member or source.contents == "collection":
+            raise ValueError(f"its layout is not known: put one of {', '.join(_READERS)} into the manifest")
+        return {source.id: partial(read_slide, path)}
+    files = _of_member(_files(path, work_dir), source.member)
+    scratch = work_dir / "arranged" / source.id
+    if scratch.exists():
+        shutil.rmtree(scratch)
+    scratch.mkdir(parents=True)
+    return _READERS[source.layout](files, scratch)
 
 
-def _read_cellxgene(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnData]:
-    slides = {}
-    for name, path in _h5ad_files(files, scratch).items():
+def _named(source_id: str, read: ReadSlide) -> ReadSlide:
+    def read_named() -> AnnData:
+        with _naming(source_id):
+            return read()
+
+    return read_named
+
+
+def _read_h5ad_files(files: Mapping[str, Path], scratch: Path) -> dict[str, ReadSlide]:
+    def read(path: Path, folder: Path) -> AnnData:
+        return read_slide(_plain_h5ad(path, folder))
+
+    return {
+        name: partial(read, path, scratch / str(number))
+        for number, (name, path) in enumerate(_h5ad_files(files).items())
+    }
+
+
+def _read_cellxgene(files: Mapping[str, Path], scratch: Path) -> dict[str, ReadSlide]:
+    def read(name: str, path: Path, folder: Path) -> AnnData:
+        path = _plain_h5ad(path, folder)
         with reading(path.name, "an .h5ad file"):
             adata = read_h5ad(path)
         with _naming(name):
-            slides[name] = read_slide(_raw_counts_in_tissue(adata))
-    return slides
+            return read_slide(_raw_counts_in_tissue(adata))
+
+    return {
+        name: partial(read, name, path, scratch / str(number))
+        for number, (name, path) in enumerate(_h5ad_files(files).items())
+    }
 
 
-def _read_space_ranger(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnData]:
+def _read_space_ranger(files: Mapping[str, Path], scratch: Path) -> dict[str, ReadSlide]:
     outs: dict[str, Path] = {}
     for label, path in sorted(files.items()):
         folder, _, name = label.rpartition("/")
@@ -99,41 +129,45 @@ def _read_space_ranger(files: Mapping[str, Path], scratch: Path) -> dict[str, An
         raise ValueError(f"holds Visium HD, one slide at several bin sizes ({', '.join(binned[:3])}): give one of them")
     if not outs:
         raise _nothing(files, f"Space Ranger folder, {MATRIX}.h5 or {MATRIX}/ beside spatial/")
-    slides: dict[str, AnnData] = {}
+    slides: dict[str, ReadSlide] = {}
     for folder, real in outs.items():
-        _add(slides, folder.removesuffix("/outs") or "outs", read_slide(real))
+        _add(slides, folder.removesuffix("/outs") or "outs", partial(read_slide, real))
     return slides
 
 
-def _read_geo(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnData]:
+def _read_geo(files: Mapping[str, Path], scratch: Path) -> dict[str, ReadSlide]:
     return _read_samples(files, scratch, with_h5=True)
 
 
-def _read_mtx(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnData]:
+def _read_mtx(files: Mapping[str, Path], scratch: Path) -> dict[str, ReadSlide]:
     return _read_samples(files, scratch, with_h5=False)
 
 
-def _read_samples(files: Mapping[str, Path], scratch: Path, with_h5: bool) -> dict[str, AnnData]:
+def _read_samples(files: Mapping[str, Path], scratch: Path, with_h5: bool) -> dict[str, ReadSlide]:
     samples = find_samples(files, with_h5)
     if not samples:
         expected = "matrix.mtx, features.tsv and barcodes.tsv"
         raise _nothing(files, f"{MATRIX}.h5, or {expected}" if with_h5 else expected)
-    slides: dict[str, AnnData] = {}
+    slides: dict[str, ReadSlide] = {}
     for number, sample in enumerate(samples):
         name = sample.name or "outs"
-        slide = read_slide(arrange(sample, scratch / str(number) / name.replace("/", "_")))
-        # Every slide has the same barcodes, so the positions of another one would fit as well, but not its tissue.
-        outside = int((slide.obs["in_tissue"] != 1).sum())
-        if sample.is_filtered and outside:
-            raise ValueError(
-                f"{outside} of {slide.n_obs} spots of {name} lie outside of the tissue by their positions, "
-                "expected none: counts and positions are of two slides"
-            )
-        _add(slides, name, slide)
+        _add(slides, name, partial(_read_sample, sample, name, scratch / str(number) / name.replace("/", "_")))
     return slides
 
 
-def _read_zarr(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnData]:
+def _read_sample(sample: Sample, name: str, folder: Path) -> AnnData:
+    slide = read_slide(arrange(sample, folder))
+    # Every slide has the same barcodes, so the positions of another one would fit as well, but not its tissue.
+    outside = int((slide.obs["in_tissue"] != 1).sum())
+    if sample.is_filtered and outside:
+        raise ValueError(
+            f"{outside} of {slide.n_obs} spots of {name} lie outside of the tissue by their positions, "
+            "expected none: counts and positions are of two slides"
+        )
+    return slide
+
+
+def _read_zarr(files: Mapping[str, Path], scratch: Path) -> dict[str, ReadSlide]:
     """Tables of SpatialData stores, or stores of one AnnData; one slide for each region that a table annotates."""
     tables = _zarr_tables(files)
     stores = [_zarr_store(label) for label in tables]
@@ -143,19 +177,43 @@ def _read_zarr(files: Mapping[str, Path], scratch: Path) -> dict[str, AnnData]:
             raise ValueError(f"{store or 'the store'} has several tables ({', '.join(several[:3])}): name one of them")
     if not tables:
         raise _nothing(files, "zarr store with an AnnData in tables/")
-    slides: dict[str, AnnData] = {}
+    slides: dict[str, ReadSlide] = {}
     for (label, folder), store in zip(tables.items(), stores, strict=True):
         _check_codecs(folder)
-        with reading(label or folder.name, "an AnnData in zarr"):
-            adata = read_zarr(folder)
         name = store.removesuffix(".zarr") or "table"
-        for region, part in _regions(adata):
-            with _naming(label or folder.name):
-                _add(slides, f"{name}/{region}" if region else name, read_slide(part))
+        for region in _regions(folder, label):
+            read = partial(_read_region, folder, label or folder.name, region)
+            _add(slides, f"{name}/{region}" if region else name, read)
     return slides
 
 
-_READERS: dict[str, Callable[[Mapping[str, Path], Path], dict[str, AnnData]]] = {
+def _regions(folder: Path, label: str) -> list[str]:
+    """The sections that one table annotates, by name; [""] where it is one."""
+    import zarr
+
+    with reading(label or folder.name, "an AnnData in zarr"):
+        store = zarr.open_group(folder, mode="r")
+        obs, uns = read_elem(store["obs"]), read_elem(store["uns"]) if "uns" in store else {}
+    key = _region_key(uns, obs)
+    return [""] if key is None else [str(region) for region in obs[key].unique()]
+
+
+def _region_key(uns: Mapping[str, Any], obs: pd.DataFrame) -> str | None:
+    """The column that tells sections apart, None where there is one section."""
+    key = (uns.get("spatialdata_attrs") or {}).get("region_key")
+    return key if key in obs and obs[key].nunique() > 1 else None
+
+
+def _read_region(folder: Path, label: str, region: str) -> AnnData:
+    with reading(label, "an AnnData in zarr"):
+        adata = read_zarr(folder)
+    if region:
+        adata = adata[adata.obs[_region_key(adata.uns, adata.obs)].astype(str) == region].copy()
+    with _naming(label):
+        return read_slide(adata)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Path], Path], dict[str, ReadSlide]]] = {
     "h5ad": _read_h5ad_files,
     "cellxgene": _read_cellxgene,
     "space_ranger": _read_space_ranger,
@@ -165,10 +223,10 @@ _READERS: dict[str, Callable[[Mapping[str, Path], Path], dict[str, AnnData]]] = 
 }
 
 
-def _add(slides: dict[str, AnnData], name: str, slide: AnnData) -> None:
+def _add(slides: dict[str, ReadSlide], name: str, read: ReadSlide) -> None:
     if name in slides:
         raise ValueError(f"holds two slides called {name!r}: name one of them, or give each a folder")
-    slides[name] = slide
+    slides[name] = read
 
 
 # Files of a source, by their paths in it
@@ -209,27 +267,32 @@ def _of_member(files: dict[str, Path], member: str) -> dict[str, Path]:
     return inside
 
 
-def _h5ad_files(files: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
-    """The .h5ad files, uncompressed, by name without suffix; a single file may have any name."""
+def _h5ad_files(files: Mapping[str, Path]) -> dict[str, Path]:
+    """The .h5ad files, some compressed, by name without suffix; a single file may have any name."""
     found = {label: path for label, path in files.items() if label.lower().endswith((".h5ad", ".h5ad.gz"))}
     if not found and len(files) == 1:
         found = dict(files)
     if not found:
         raise _nothing(files, ".h5ad file")
     result = {}
-    for number, (label, path) in enumerate(found.items()):
+    for label, path in found.items():
         name = label.removesuffix(".gz").removesuffix(".h5ad")
-        target = scratch / str(number) / f"{name.rpartition('/')[2]}.h5ad"
-        with path.open("rb") as file:
-            is_gzip = file.read(2) == b"\x1f\x8b"
-        if is_gzip or path.suffix != ".h5ad":
-            target.parent.mkdir()
-            gunzip(path, target) if is_gzip else link(path, target)
-            path = target
         if name in result:
             raise ValueError(f"holds {name}.h5ad twice, once compressed: name one of them")
         result[name] = path
     return result
+
+
+def _plain_h5ad(path: Path, folder: Path) -> Path:
+    """The file, uncompressed and named .h5ad, in `folder` where it has to be made."""
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    if not is_gzip and path.suffix == ".h5ad":
+        return path
+    target = folder / f"{path.name.removesuffix('.gz').removesuffix('.h5ad')}.h5ad"
+    folder.mkdir()
+    gunzip(path, target) if is_gzip else link(path, target)
+    return target
 
 
 # CELLXGENE
@@ -308,14 +371,6 @@ def _codecs(content: Any, is_codec: bool = False) -> Iterator[str]:
             yield from _codecs(value, key in ("compressor", "filters", "codecs", "index_codecs"))
     elif is_codec and isinstance(content, str):  # version 3 allows a bare name
         yield content
-
-
-def _regions(adata: AnnData) -> list[tuple[str, AnnData]]:
-    """The sections that one table annotates, by name; ("", the table) where it is one."""
-    key = (adata.uns.get("spatialdata_attrs") or {}).get("region_key")
-    if key not in adata.obs or adata.obs[key].nunique() < 2:
-        return [("", adata)]
-    return [(str(region), adata[adata.obs[key] == region].copy()) for region in adata.obs[key].unique()]
 
 
 # Errors

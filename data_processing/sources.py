@@ -37,6 +37,7 @@ class Source:
         organism, organ, condition, technology, licence, citation, patient: what the slide is, as far as is known.
         role: "corpus" or "evaluation". A slide for evaluation is never trained on.
         evaluation_set: one of `EVALUATION_SETS`; empty for the corpus, and for what is only kept out of it.
+        aliases: other ids under which the slide is known, separated by `|`: the guard against leaks knows them, too.
         labels: the rule that gives each spot its label, such as `obs["final_annot"]`.
         contents: "slide", or "collection" of slides whose number is not known before they are read.
         verified: "yes" where the download was really made and read, else "no".
@@ -60,6 +61,7 @@ class Source:
     patient: str = ""
     role: str = "corpus"
     evaluation_set: str = ""
+    aliases: str = ""
     labels: str = ""
     contents: str = "slide"
     verified: str = "no"
@@ -89,6 +91,11 @@ class Source:
     def checksums(self) -> tuple[str, ...]:
         """One checksum for each of `addresses`, "" where it is not known."""
         return _split(self.checksum) or ("",) * len(_split(self.url))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The id and the aliases."""
+        return (self.id, *_split(self.aliases))
 
     @property
     def is_local(self) -> bool:

@@ -1,11 +1,15 @@
 """Building a corpus from the command line: what enters, what is told, and that a kill or a shard changes nothing."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import datasets
@@ -13,9 +17,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from filelock import FileLock
 from loopback import serving
 from safetensors.numpy import load_file
 
+from data_processing import build_corpus
 from data_processing.open_corpus import Corpus
 from data_processing.phantom import PhantomTissue
 from data_processing.staging import row_file
@@ -31,13 +37,11 @@ def command(*arguments: object) -> list[str]:
 
 
 def build(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*RULES, *arguments),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        check=False,
-    )
+    """Run the command in this process: the start of another takes longer than most builds here."""
+    command = list(map(str, (*RULES, *arguments)))
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        returncode = build_corpus.command_line(command)
+    return subprocess.CompletedProcess(command, returncode, out.getvalue(), err.getvalue())
 
 
 def report_of(folder: Path) -> dict:
@@ -61,6 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tissue: PhantomTissue) -> P
     for name, adata in slides.items():
         adata.write_h5ad(folder / f"{name}.h5ad")
     (folder / "broken.h5ad").write_text("no slide")
+    (folder / "sub").mkdir()
+    slides["s0"].write_h5ad(folder / "sub" / "s0.h5ad")
     table = pd.DataFrame({"name": ["held_out", "s0"], "role": ["labelled", "unlabelled"], "organ": ["", "phantom"]})
     table.to_csv(folder / "slides.tsv", sep="\t", index=False)
     genes = "".join(f"{gene}\t{gene}\n" for gene in evaluation.var_names)
@@ -80,7 +86,9 @@ def corpus(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_only_slides_that_may_enter_are_in_and_every_other_has_a_reason(corpus: Path):
     records = {record["id"]: record for record in report_of(corpus)["records"]}
-    assert set(records) == {"s0", "s1", "s2", "s3", "other_name", "shuffled", "third", "twice", "shallow", "broken"}
+    names = {"s0", "s1", "s2", "s3", "other_name", "shuffled", "third", "twice", "shallow", "broken", "held_out"}
+    assert set(records) == names
+    assert "evaluation slide by its role" in records["held_out"]["leak"]
     for name in ("other_name", "shuffled", "third"):
         assert "has the content of evaluation slide held_out" in records[name]["leak"], name
     assert "twice has the content of s1" in records["twice"]["duplicate"]
@@ -161,12 +169,21 @@ def test_a_second_run_builds_nothing_anew(corpus: Path, folder: Path):
 
 
 def test_shards_and_processes_build_the_same(corpus: Path, folder: Path, tmp_path: Path):
-    options = ("--slides", folder, "--gene_table", folder / "genes.tsv", "--min_genes", 60)
-    for part in ("1/2", "0/2"):
-        run = build(*options, "--output", tmp_path / "parts", "--shard", part)
+    """Each shard on a machine of its own: the slides lie elsewhere there, and were written at another time."""
+    parts = tmp_path / "parts"
+    for number in range(2):
+        machine = tmp_path / f"machine{number}"
+        shutil.copytree(folder, machine / "slides", copy_function=shutil.copyfile)
+        options = ("--slides", machine / "slides", "--gene_table", folder / "genes.tsv", "--min_genes", 60)
+        run = build(*options, "--output", machine / "corpus", "--shard", f"{number}/2")
         assert run.returncode == ("broken" in run.stderr), run.stderr
-        assert not (tmp_path / "parts" / "arrow").exists()
-    assert build(*options, "--output", tmp_path / "parts", "--num_proc", 2).returncode == 1
+        assert not (machine / "corpus" / "arrow").exists()
+        shutil.copytree(machine / "corpus", parts, dirs_exist_ok=True)
+    rows = {path.name: path.stat().st_mtime_ns for path in (parts / "data").iterdir()}
+    assert len(rows) == 5, "the duplicate is not known before all are together"
+    options = ("--slides", folder, "--gene_table", folder / "genes.tsv", "--min_genes", 60)
+    assert build(*options, "--output", parts, "--num_proc", 2).returncode == 1
+    assert {p.name: p.stat().st_mtime_ns for p in (parts / "data").iterdir()}.items() <= rows.items(), "built anew"
     assert report_of(tmp_path / "parts") == report_of(corpus)
     assert (tmp_path / "parts" / "genes.json").read_bytes() == (corpus / "genes.json").read_bytes()
 
@@ -195,8 +212,13 @@ def test_what_was_left_out_once_comes_back_when_asked_for(folder: Path, tmp_path
     options += ("--gene_table", folder / "genes.tsv")
     assert build(*options).returncode == 0
     whole = report_of(tmp_path / "c")
+    waiting = tmp_path / "c" / ".build" / "duplicates" / "twice.parquet"
+    written = waiting.stat().st_mtime_ns
     assert build(*options, "--exclude", "s1").returncode == 0
     assert Corpus(tmp_path / "c").column("id") == ["s0", "twice"]
+    records = {record["id"]: record for record in report_of(tmp_path / "c")["records"]}
+    assert records["s1"]["excluded"] == "by its name."
+    assert (tmp_path / "c" / "data" / "twice.parquet").stat().st_mtime_ns == written, "not read a second time"
     assert build(*options, "--exclude", "s0", "--rank", 0).returncode == 0
     assert Corpus(tmp_path / "c").column("id") == ["s1"]
     assert not (tmp_path / "c" / "gene_vectors.safetensors").exists(), "those of other slides"
@@ -283,22 +305,14 @@ def test_a_manifest_is_fetched_and_one_failure_stops_no_other(folder: Path, tmp_
             ("one", "h5ad", server.address("s0.h5ad"), "corpus"),
             ("gone", "h5ad", server.address("nowhere.h5ad"), "corpus"),
             ("two", "h5ad", server.address("s1.h5ad"), "corpus"),
-            ("held_out", "h5ad", server.address("held_out.h5ad"), "evaluation"),
+            ("held_out", "h5ad", server.address("held_out.h5ad"), "evaluation", "other_section_1234567"),
+            ("copy", "h5ad", server.address("shuffled.h5ad"), "corpus"),
+            ("other_section_1234567", "h5ad", server.address("s3.h5ad"), "corpus"),
+            ("local", "", f"file://{folder / 's2.h5ad'}", "corpus"),
+            ("nowhere", "", "", "evaluation"),
         ]
-        columns = ["id", "source", "url", "layout", "checksum", "organism", "organ", "condition", "technology"]
-        columns += [
-            "licence",
-            "citation",
-            "patient",
-            "role",
-            "evaluation_set",
-            "labels",
-            "contents",
-            "verified",
-            "notes",
-        ]
-        table = pd.DataFrame(rows, columns=["id", "layout", "url", "role"]).assign(contents="slide", verified="no")
-        table.reindex(columns=columns, fill_value="").to_csv(tmp_path / "sources.tsv", sep="\t", index=False)
+        columns = ["id", "layout", "url", "role", "aliases"]
+        pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "sources.tsv", sep="\t", index=False)
         options = (
             "--manifest",
             tmp_path / "sources.tsv",
@@ -308,13 +322,92 @@ def test_a_manifest_is_fetched_and_one_failure_stops_no_other(folder: Path, tmp_
             tmp_path / "c",
         )
         run = build(*options)
+        requests = len(server.requests)
+        again = build(*options)
+        assert [request.path for request in server.requests[requests:]] == ["/nowhere.h5ad"] * 1, "what is there stays"
+    for each in (run, again):
+        assert each.returncode == 1, each.stderr[-2000:]
+        assert "failed: gone:" in each.stderr
+        assert "404" in each.stderr
+        assert "1 evaluation slides, e.g. nowhere, are known by id alone" in each.stderr
+        assert "Traceback" not in each.stderr
+    assert Corpus(tmp_path / "c").column("id") == ["one", "two", "local"]
+    records = {record["id"]: record for record in report_of(tmp_path / "c")["records"]}
+    assert [name for name, record in records.items() if record.get("refused")] == ["gone"]
+    assert "has the content of evaluation slide held_out" in records["copy"]["leak"]
+    assert "is evaluation slide other_section_1234567 by its id" in records["other_section_1234567"]["leak"]
+    assert report_of(tmp_path / "c")["extra"]["evaluation_by_id_alone"] == ["nowhere"]
+
+
+def test_no_corpus_without_the_content_of_evaluation_slides_that_have_an_address(folder: Path, tmp_path: Path):
+    rows = [("one", "h5ad", folder / "s0.h5ad", "corpus"), ("held_out", "h5ad", tmp_path / "gone.h5ad", "evaluation")]
+    table = pd.DataFrame(rows, columns=["id", "layout", "url", "role"])
+    table.to_csv(tmp_path / "sources.tsv", sep="\t", index=False)
+    options = ("--manifest", tmp_path / "sources.tsv", "--gene_table", folder / "genes.tsv", "--output", tmp_path / "c")
+    run = build(*options)
+    assert run.returncode == 2
+    assert "1 evaluation slides could not be fetched or read (held_out: " in run.stderr
+    assert not list((tmp_path / "c" / "data").iterdir())
+    assert build(*options, "--evaluation_by_id", "true").returncode == 0
+    assert report_of(tmp_path / "c")["extra"]["evaluation_by_id_alone"] == ["held_out"]
+
+
+def test_a_collection_loses_only_the_slide_that_is_broken(folder: Path, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in ("s0", "broken", "s2", "shuffled"):
+            archive.write(folder / f"{name}.h5ad", f"of/{name}.h5ad")
+    with zipfile.ZipFile(tmp_path / "held.zip", "w") as archive:
+        archive.write(folder / "held_out.h5ad", "held_out.h5ad")
+    rows = [
+        ("mine", "h5ad", tmp_path / "all.zip", "corpus", "collection"),
+        ("held", "h5ad", tmp_path / "held.zip", "evaluation", "collection"),
+        ("again", "h5ad", folder / "s2.h5ad", "corpus", "slide"),
+    ]
+    table = pd.DataFrame(rows, columns=["id", "layout", "url", "role", "contents"])
+    table.to_csv(tmp_path / "sources.tsv", sep="\t", index=False)
+    options = ("--manifest", tmp_path / "sources.tsv", "--gene_table", folder / "genes.tsv", "--output", tmp_path / "c")
+    run = build(*options)
     assert run.returncode == 1, run.stderr[-2000:]
-    assert "failed: gone:" in run.stderr
-    assert "404" in run.stderr
+    assert "failed: mine/of/broken: could not be read" in run.stderr
+    assert Corpus(tmp_path / "c").column("id") == ["mine/of/s0", "mine/of/s2"]
+    records = {record["id"]: record for record in report_of(tmp_path / "c")["records"]}
+    assert "has the content of mine/of/s2" in records["again"]["duplicate"]
+    assert "has the content of evaluation slide held/held_out" in records["mine/of/shuffled"]["leak"]
+
+
+def test_without_a_gene_table_the_genes_are_those_of_the_slides_that_enter(folder: Path, tmp_path: Path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name, given in (("s0", "sample 1"), ("s2", "s.1"), ("s3", "s.2"), ("broken", "broken")):
+        shutil.copyfile(folder / f"{name}.h5ad", slides / f"{given}.h5ad")
+    adata = read_slide(folder / "s1.h5ad")
+    adata.var_names = [f"OTHER{number}" for number in range(adata.n_vars)]
+    adata.write_h5ad(slides / "left_out.h5ad")
+    (slides / "._sample 1.h5ad").write_bytes(b"what macOS leaves")
+    run = build("--slides", slides, "--exclude", "left_out", "--output", tmp_path / "c", "--min_genes", 60)
+    assert run.returncode == 1, run.stderr[-2000:]
+    assert "failed: broken: could not be read" in run.stderr
     assert "Traceback" not in run.stderr
-    assert Corpus(tmp_path / "c").column("id") == ["one", "two"]
-    refused = {r["id"]: r["refused"] for r in report_of(tmp_path / "c")["records"] if r.get("refused")}
-    assert list(refused) == ["gone"]
+    assert Corpus(tmp_path / "c").column("id") == ["s.1", "s.2", "sample_1"]
+    assert not [gene for gene in Corpus(tmp_path / "c").vocabulary.gene_ids if gene.startswith("OTHER")]
+
+
+def test_two_builds_in_one_folder_do_not_disturb_each_other(folder: Path, tmp_path: Path):
+    options = ("--slides", folder / "s0.h5ad", "--gene_table", folder / "genes.tsv", "--output", tmp_path / "c")
+    with FileLock(tmp_path / "c" / ".build" / "build.lock"):
+        run = build(*options)
+    assert run.returncode == 2
+    assert "Another build works in" in run.stderr
+    assert not list((tmp_path / "c" / "data").iterdir())
+
+
+def test_fingerprints_of_a_corpus_given_back_to_it_are_no_more(folder: Path, tmp_path: Path):
+    options = ("--slides", folder / "s0.h5ad", "--gene_table", folder / "genes.tsv", "--output", tmp_path / "c")
+    assert build(*options, "--evaluation", folder / "held_out.h5ad").returncode == 0
+    prints = tmp_path / "c" / "evaluation.npz"
+    before = prints.read_bytes()
+    assert build(*options, "--evaluation", prints, folder / "held_out.h5ad").returncode == 0
+    assert prints.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -324,17 +417,12 @@ def test_a_manifest_is_fetched_and_one_failure_stops_no_other(folder: Path, tmp_
         (("--slides", "nowhere"), "No slide matches"),
         (("--slides", "{folder}", "--shard", "2/2"), "expected i/n"),
         (("--slides", "{folder}", "--shard", "0/2"), "A gene table is needed"),
-        (("--slides", "{folder}/s0.h5ad", "{folder}/s0.h5ad", "{folder}/s0.h5ad"), "Two sources are called 's0'"),
+        (("--slides", "{folder}/s0.h5ad", "{folder}/sub/s0.h5ad"), "Two sources are called 's0' ("),
         (("--slides", "{folder}/s0.h5ad", "--min_counts", "0"), "min_counts is 0"),
     ],
 )
 def test_mistakes_end_in_one_sentence(folder: Path, tmp_path: Path, arguments: tuple[str, ...], message: str):
-    run = subprocess.run(
-        command("--output", tmp_path / "c", *(a.format(folder=folder) for a in arguments)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = build("--output", tmp_path / "c", *(a.format(folder=folder) for a in arguments))
     assert run.returncode == 2
     assert message in run.stderr
     assert "Traceback" not in run.stderr

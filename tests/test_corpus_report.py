@@ -21,7 +21,9 @@ EXTRA = {
 
 
 def record(name, spots=100, **told):
-    decisions = Decisions(spots_in=spots + 7, spots_low_counts=7, spots_kept=spots, genes_in=9, counts_kept=10 * spots)
+    decisions = Decisions(
+        spots_in=spots + 9, spots_low_counts=7, spots_kept=spots + 2, genes_in=9, counts_kept=10 * spots
+    )
     base = {
         "id": name,
         "source": "GEO",
@@ -32,7 +34,8 @@ def record(name, spots=100, **told):
         "citation": "Ann 2021",
         "role": "train",
     }
-    return base | decisions.to_dict() | {"leak": "", "duplicate": ""} | told
+    of_row = {"spots_sharing_a_place": 2, "num_spots": spots}
+    return base | decisions.to_dict() | of_row | {"leak": "", "duplicate": ""} | told
 
 
 @pytest.fixture
@@ -45,6 +48,7 @@ def records():
         record("e", 400, leak="e is evaluation slide x by its id."),
         record("f", 800, duplicate="f is a: 99% of 800 spots are the same.", leak=""),
         record("g", 60, leak="g leaks.", duplicate="g is b."),
+        {"id": "h", "source": "GEO", "excluded": "by its name."},
     ]
 
 
@@ -62,18 +66,19 @@ def rows(text):
 
 def test_slides_left_out_do_not_count_as_corpus(records):
     totals = CorpusReport(records, QualityRules(), {}).totals()
-    assert (totals["slides"], totals["spots"], totals["counts"], totals["slides_listed"]) == (3, 1230, 12300, 7)
+    assert (totals["slides"], totals["spots"], totals["counts"], totals["slides_listed"]) == (3, 1230, 12300, 8)
     assert totals["patients"] == 2
     decisions = totals["decisions"]
     assert {name: values["slides"] for name, values in decisions.items()} == {
         "in the corpus": 3,
+        "left out as asked": 1,
         "refused by quality control": 1,
         "kept out for evaluation": 2,
         "there already": 1,
     }
-    assert sum(values["spots_in"] for values in decisions.values()) == sum(r["spots_in"] for r in records)
-    assert decisions["there already"]["spots_kept"] == 800
-    assert [outcome(r) for r in records[4:]] == ["kept out for evaluation", "there already", "kept out for evaluation"]
+    assert sum(values["spots_in"] for values in decisions.values()) == sum(r.get("spots_in", 0) for r in records)
+    assert decisions["there already"]["spots_kept"] == 802
+    assert [outcome(r) for r in records[4:7]] == ["kept out for evaluation", "there already", "kept out for evaluation"]
 
 
 def test_the_card_has_a_header_that_the_hub_reads(records):
@@ -93,7 +98,7 @@ def test_the_card_has_a_header_that_the_hub_reads(records):
 
 def test_the_card_tells_slides_by_organ_technology_and_source(records):
     card = CorpusReport(records, QualityRules(), EXTRA).card()
-    assert "3 slides of 7 listed, 1,230 spots, 12,300 counts, 2 known patients" in card
+    assert "3 slides of 8 listed, 1,230 spots, 12,300 counts, 2 known patients" in card
     assert rows(section(card, "Organs and technologies")) == [
         ["organ", "Legacy ST", "Visium", "all"],
         ["---"] * 4,
@@ -101,7 +106,7 @@ def test_the_card_tells_slides_by_organ_technology_and_source(records):
         ["heart", "", "200 (1)", "200 (1)"],
         ["all", "30 (1)", "1,200 (2)", "1,230 (3)"],
     ]
-    assert rows(section(card, "Sources"))[2:] == [["GEO", "6", "2", "1,030", "1"], ["10x", "1", "1", "200", "1"]]
+    assert rows(section(card, "Sources"))[2:] == [["GEO", "7", "2", "1,030", "1"], ["10x", "1", "1", "200", "1"]]
 
 
 def test_the_card_tells_every_slide_left_out_with_its_reason(records):
@@ -111,6 +116,7 @@ def test_the_card_tells_every_slide_left_out_with_its_reason(records):
         ["e", "GEO", "kept out for evaluation", "e is evaluation slide x by its id."],
         ["f", "GEO", "there already", "f is a: 99% of 800 spots are the same."],
         ["g", "GEO", "kept out for evaluation", "g leaks."],
+        ["h", "GEO", "left out as asked", "by its name."],
     ]
     assert section(CorpusReport(records[:3], QualityRules(), EXTRA).card(), "Slides left out") == "None."
 
@@ -118,9 +124,9 @@ def test_the_card_tells_every_slide_left_out_with_its_reason(records):
 def test_the_card_tells_decisions_thresholds_and_terms(records):
     card = CorpusReport(records, QualityRules(min_counts=123), EXTRA).card()
     decisions = {row[0]: row[1:] for row in rows(section(card, "Decisions"))}
-    assert decisions["slides"] == ["3", "1", "2", "1"]
-    assert decisions["spots in"] == ["1,251", "12", "474", "807"]
-    assert decisions["spots low counts"] == ["21", "7", "14", "7"]
+    assert decisions["slides"] == ["3", "1", "1", "2", "1"]
+    assert decisions["spots in"] == ["1,257", "0", "14", "478", "809"]
+    assert decisions["spots low counts"] == ["21", "0", "7", "14", "7"]
     assert set(decisions) >= {name.replace("_", " ") for name in corpus_report.COUNTS}
     thresholds = dict(row for row in rows(section(card, "Thresholds")))
     assert thresholds["min counts"] == "123"
@@ -133,7 +139,7 @@ def test_the_card_tells_decisions_thresholds_and_terms(records):
 
 
 def test_what_is_not_known_is_said_so():
-    card = CorpusReport([{"id": "a", "spots_kept": 3}], QualityRules(), {}).card()
+    card = CorpusReport([{"id": "a", "num_spots": 3}], QualityRules(), {}).card()
     assert "| not stated | 3 (1) | 3 (1) |" in card
     assert "0 known patients" in card
 
@@ -153,7 +159,7 @@ def test_an_empty_corpus_reports_itself(tmp_path, records):
 
 
 def test_files_hold_the_report(records, tmp_path):
-    records[0]["spots_kept"] = np.int64(1000)
+    records[0]["num_spots"] = np.int64(1000)
     records[0]["sha256"] = "abc"
     report = write_report(tmp_path / "new" / "folder", records, QualityRules(), EXTRA | {"commit": "123"})
     folder = tmp_path / "new" / "folder"
@@ -177,7 +183,7 @@ def test_the_figure_stacks_technologies_by_organ_largest_first(records):
 
 def test_rare_organs_share_a_bar(monkeypatch, records):
     monkeypatch.setattr(corpus_report, "MAX_BARS", 1)
-    records.append(record("h", 50, organ="liver", technology="Legacy ST"))
+    records.append(record("i", 50, organ="liver", technology="Legacy ST"))
     (axes,) = CorpusReport(records, QualityRules(), {}).figure().axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["brain", "2 other organs"]
     assert [bar.get_width() for bars in axes.containers for bar in bars] == [30, 50, 1000, 200]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from loopback import Loopback, serving
 
-from data_processing.fetching import Fetched, describe_failures, fetch_sources
+from data_processing.fetching import Fetched, fetch_sources
 from data_processing.resuming import Retry
 from data_processing.sources import Source
 
@@ -74,7 +74,6 @@ def test_files_arrive_once(tmp_path, server, capfd):
     assert record == f"{sha256(OTHER)}  b.h5ad\n"
     assert fetch(tmp_path, *rows) == first
     assert len(server.requests) == 2  # the second time none
-    assert describe_failures(first) == "All 2 sources are there."
     assert capfd.readouterr() == ("", "")
 
 
@@ -314,9 +313,7 @@ def test_others_go_on_when_one_fails(tmp_path, server):
     fetched = fetch(tmp_path, *rows)
     assert [f.path is None for f in fetched] == [True, True, True, False]
     assert fetched[3].path.read_bytes() == OTHER
-    lines = describe_failures(fetched).splitlines()
-    assert lines[0] == "3 of 4 sources are not there:"
-    assert [line.split(":")[0] for line in lines[1:]] == ["- a", "- missing", "- nowhere"]
+    assert [f.error.split(":")[0] for f in fetched] == ["a", "missing", "nowhere", ""]
 
 
 # What must not be taken for whole

@@ -280,7 +280,7 @@ def test_names_of_evaluation_fingerprints_are_ids():
 def test_evaluation_slides_are_caught_by_patient():
     guard = LeakGuard([PRINTS[0]], [], exclude_patients=["Br-8100", "unknown", "?"])
     assert guard.check(replace(PRINTS[1], patient="Donor0")) == (
-        "slide1 is of patient Donor0, of whom there is an evaluation slide."
+        "slide1 is of patient Donor0, whose slides are left out."
     )
     assert "br 8100" in guard.check(replace(PRINTS[1], patient="br 8100"))
     for patient in ("", "?", "unknown", "donor00", "Br", "NaN"):

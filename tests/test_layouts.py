@@ -20,7 +20,7 @@ from PIL import Image
 from slide_files import MATRIX, SYMBOLS, assert_same_slide, make_slide, write_space_ranger
 
 from data_processing.fetching import fetch_sources
-from data_processing.layouts import read_source
+from data_processing.layouts import open_source
 from data_processing.resuming import Retry
 from data_processing.sources import Source
 from modeling_stimg import read_slide
@@ -38,6 +38,11 @@ def server(tmp_path):
     (tmp_path / "served").mkdir()
     with serving(tmp_path / "served") as loopback:
         yield loopback
+
+
+def read_source(path: Path, source: Source, work_dir: Path) -> dict[str, AnnData]:
+    """All slides of a source."""
+    return {name: read() for name, read in open_source(path, source, work_dir).items()}
 
 
 def arrive(server: Loopback, name: str, layout: str, member: str = "", **fields) -> dict[str, AnnData]:

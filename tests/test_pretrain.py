@@ -13,7 +13,7 @@ from anndata import AnnData
 from safetensors.torch import load_file
 from transformers import default_data_collator
 
-from data_processing.corpus import find_slides, load_pretraining, slide_images
+from data_processing.corpus import find_slides, load_pretraining, slide_images, slide_name
 from data_processing.window_dataset import WindowDataset
 from modeling_stimg import STImageMAEForPreTraining, STImageMAEModel, STPatchProcessor
 from train.arguments import parse_arguments
@@ -214,6 +214,8 @@ def test_slides_are_found_by_glob_and_variable(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("SOME_SLIDES", str(tmp_path))
     found = find_slides(["$SOME_SLIDES/*.h5ad", str(tmp_path / "c.tsv.gz")], exclude=["b"])
     assert [p.name for p in found] == ["a.h5ad", "c.tsv.gz"]
+    names = ("x/outs", "sample 1.v2.h5ad", "G2.counts.tsv.gz", "run.1.2", "x.h5ad")
+    assert [slide_name(Path(name)) for name in names] == ["x", "sample 1.v2", "G2", "run.1.2", "x"]
     (tmp_path / "a.tsv").touch()
     with pytest.raises(ValueError, match="Several slides are called 'a'"):
         find_slides([str(tmp_path / "*")])
