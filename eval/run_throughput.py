@@ -3,16 +3,20 @@
     python eval/run_throughput.py windows '$STIMG_DATA/slides/her2st_A2.h5ad' --output-dir runs/throughput
     python eval/run_throughput.py memory --output-dir runs/memory
     python eval/run_throughput.py corpus --output-dir runs/corpus_throughput
+    python eval/run_throughput.py training --output-dir runs/training_throughput
+    python eval/run_throughput.py training-memory --output-dir runs/training_memory
 
 `windows` times the sampler on one core, as a multiple of one weighted `np.bincount` over the same windows' non-zeros,
 beside the textbook's dense way, and on a GPU where there is one. `memory` embeds a phantom slide of half a million bins
 and tells the peak of anonymous memory. `corpus` builds a phantom corpus of a million spots and draws windows from it
-as a loader worker does. All write `results.json` and `table.md`.
+as a loader worker does. `training` times a step beside ViTMAE's and the wait for windows, `training-memory` tells what
+a step takes. All write `results.json` and `table.md`.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,10 +25,18 @@ from data_processing.corpus import find_slides, read_slides, slide_images, vocab
 from eval.results import markdown_table, run_metadata, write_results
 from eval.throughput import measure_memory, measure_resident, measure_windows, one_core
 from modeling_stimg import STPatchProcessor
+from modeling_stimg.configuration_stimg import MASK_UNITS
+from modeling_stimg.host_memory import keep_freed_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 OutputOption = Annotated[Path, typer.Option(help="Folder for results.json and table.md; made if missing.")]
+BatchOption = Annotated[int, typer.Option(help="Windows of a batch.", min=1)]
+WindowOption = Annotated[int, typer.Option(help="Side of a window, in sites.", min=1)]
+ChannelsOption = Annotated[int, typer.Option(help="Genes of a window.", min=1)]
+GenesOption = Annotated[int, typer.Option(help="Genes of the vocabulary.", min=1)]
+WidthOption = Annotated[int, typer.Option(help="Width of the encoder, a multiple of 64.", min=64)]
+LayersOption = Annotated[int, typer.Option(help="Layers of the encoder.", min=1)]
 SeedOption = Annotated[int, typer.Option(help="Seed of the windows, or of the phantom and the model.", min=0)]
 
 
@@ -166,6 +178,127 @@ def corpus(
     ]
     text = "\n".join(lines) + "\n"
     write_results(output_dir, records, run_metadata(seed, num_windows=num_windows, warm_ratio=ratio), text)
+    print(text)
+
+
+@app.command()
+def training(
+    output_dir: OutputOption = Path("runs/training_throughput"),
+    mask_unit: Annotated[
+        list[str], typer.Option(help="Mask units to time, the first also on a slide; repeatable.")
+    ] = MASK_UNITS,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
+    attention: Annotated[str, typer.Option(help="Attention implementation of all models.")] = "sdpa",
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile all models.")] = False,
+    fused: Annotated[bool, typer.Option(help="The fused AdamW, which is the Trainer's default.")] = True,
+    keep_memory: Annotated[bool, typer.Option(help="Reuse freed memory, as train/run_pretrain.py does.")] = True,
+    batch_size: BatchOption = 32,
+    window_size: WindowOption = 16,
+    num_channels: ChannelsOption = 512,
+    num_genes: GenesOption = 20_000,
+    hidden_size: WidthOption = 256,
+    num_layers: LayersOption = 6,
+    num_rounds: Annotated[int, typer.Option(help="Rounds that are timed; in each every model has a step.")] = 9,
+    num_batches: Annotated[int, typer.Option(help="Steps on windows that are made meanwhile.", min=1)] = 8,
+    num_workers: Annotated[list[int], typer.Option(help="Loader workers to try; give it several times.")] = [0, 1],  # noqa: B006
+    peak_tflops: Annotated[float, typer.Option(help="Of the GPU, for its utilisation; an H200's in bfloat16.")] = 989.0,
+    seed: SeedOption = 0,
+) -> None:
+    """Time of a training step, as a multiple of ViTMAE's, and the share of it that waits for windows."""
+    from eval.training_throughput import StepSetting, StepSizes, measure_loading, measure_steps
+
+    sizes = StepSizes(batch_size, window_size, num_channels, num_genes, hidden_size, num_layers)
+    setting = StepSetting(dtype, attention, compiled, "cuda" if torch.cuda.is_available() else "cpu")
+    keep_memory = keep_memory and setting.device == "cpu" and keep_freed_memory()
+    steps = measure_steps(mask_unit, sizes, setting, fused, num_rounds, seed)
+    loading = measure_loading(mask_unit[0], sizes, setting, fused, num_batches, num_workers, peak_tflops, seed)
+    header = ["model", "parameters", "forward + backward", "ratio", "optimiser", "step", "ratio"]
+    rows = [
+        [
+            r["model"],
+            f"{r['parameters'] / 1e6:.1f} M",
+            f"{r['forward_backward_ms']:.2f} ms",
+            f"{r['forward_backward_ratio']:.2f}",
+            f"{r['optimizer_ms']:.2f} ms",
+            f"{r['step_ms']:.2f} ms",
+            f"{r['step_ratio']:.2f}",
+        ]
+        for r in steps
+    ]
+    where = torch.cuda.get_device_name() if setting.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    lines = [
+        f"A training step on full windows of {window_size} x {window_size} x {num_channels}, {dtype}, {attention}"
+        f"{', compiled' if compiled else ''}, batches of {batch_size}, {where}: time a window, medians of {num_rounds} "
+        "rounds; ratios to ViTMAE's step of the same round. `vit_mae` sees 70 % of the sites, the others are ours by "
+        "mask unit. The optimiser is AdamW, clipping included.",
+        "",
+        *markdown_table(header, rows),
+        "",
+        "Steps on windows of a phantom slide that are made meanwhile.",
+        "",
+        *_loading_table(loading),
+    ]
+    text = "\n".join(lines) + "\n"
+    options = {**asdict(sizes), **asdict(setting), "fused": fused, "keep_memory": keep_memory, "where": where}
+    write_results(output_dir, [*steps, *loading], run_metadata(seed, **options), text)
+    print(text)
+
+
+def _loading_table(records: list[dict[str, Any]]) -> list[str]:
+    header = ["mask unit", "windows from", "wait for data", "windows/s", "of ready-made", "FLOP utilisation"]
+    rows = [
+        [
+            r["mask_unit"],
+            r["source"],
+            f"{r['wait_share']:.1%}",
+            f"{r['windows_per_second']:.1f}",
+            f"{r['of_ready_made']:.2f}",
+            "-" if r["utilisation"] is None else f"{r['utilisation']:.1%}",
+        ]
+        for r in records
+    ]
+    return markdown_table(header, rows)
+
+
+@app.command()
+def training_memory(
+    output_dir: OutputOption = Path("runs/training_memory"),
+    mask_unit: Annotated[str, typer.Option(help="What is hidden: entry, site or mixed.")] = "entry",
+    attention: Annotated[str, typer.Option(help="Attention implementation.")] = "sdpa",
+    batch_size: Annotated[list[int], typer.Option(help="Batch sizes to try.")] = [4, 8, 16, 32],  # noqa: B006
+    window_size: WindowOption = 16,
+    large_window: Annotated[int, typer.Option(help="Side of one large window, at batch size 1.", min=1)] = 64,
+    num_channels: ChannelsOption = 512,
+    num_genes: GenesOption = 20_000,
+    hidden_size: WidthOption = 256,
+    num_layers: LayersOption = 6,
+    seed: SeedOption = 0,
+) -> None:
+    """Peak of anonymous memory of training steps, each size in a fresh process."""
+    from eval.training_throughput import StepSizes, in_fresh_process, measure_step_memory
+
+    sizes = [
+        StepSizes(batch, window, num_channels, num_genes, hidden_size, num_layers)
+        for batch, window in (*((batch, window_size) for batch in batch_size), (1, large_window))
+    ]
+    records = [in_fresh_process(measure_step_memory, mask_unit, size, attention, seed) for size in sizes]
+    rows = [
+        [
+            str(r["batch_size"]),
+            f"{r['window_size']} x {r['window_size']} x {num_channels}",
+            f"{r['growth_gb']:.2f} GB",
+            f"{r['peak_gb']:.2f} GB",
+        ]
+        for r in records
+    ]
+    lines = [
+        f"Anonymous memory (RssAnon) of training steps in float32 on the CPU, {attention}, mask unit {mask_unit}; "
+        "growth counts from after the libraries were loaded: model, optimiser, batch and step.",
+        "",
+        *markdown_table(["batch size", "window", "growth", "peak"], rows),
+    ]
+    text = "\n".join(lines) + "\n"
+    write_results(output_dir, records, run_metadata(seed, attention=attention, hidden_size=hidden_size), text)
     print(text)
 
 

@@ -34,14 +34,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stimg import STImageMAEConfig
 from .embedding_stimg import embed_image
-from .masking_stimg import default_masks, draw_mask, masked_mean_squared_error
+from .masking_stimg import default_masks, draw_mask, hidden_entries, masked_mean_squared_error
 from .positions_stimg import sine_cosine_positions, site_positions
+from .visible_sites_stimg import select_sites
 
 AUTO_MAP = {
     "AutoConfig": "configuration_stimg.STImageMAEConfig",
     "AutoModel": "modeling_stimg.STImageMAEModel",
     "AutoModelForPreTraining": "modeling_stimg.STImageMAEForPreTraining",
 }
+RECORDED = ("output_hidden_states", "output_attentions")
 
 
 @dataclass
@@ -52,7 +54,7 @@ class STImageMAEForPreTrainingOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`): Eq. 8: mean over windows of each window's mean squared error over its
             masked entries; windows without a masked entry do not count.
         reconstruction (`torch.Tensor` of shape `(batch_size, num_channels, window_size, window_size)`): The predicted
-            value of every entry, masked or not.
+            value of every entry, masked or not; 0 at empty sites.
         mask (`torch.BoolTensor` of shape `(batch_size, num_channels, window_size, window_size)`): True = was masked.
         hidden_states, attentions: those of the encoder, when asked for.
     """
@@ -86,12 +88,10 @@ class STImageMAEEmbeddings(nn.Module):
         bool_masked_entries: torch.Tensor | None,
     ) -> torch.Tensor:
         values = pixel_values.flatten(2)  # (B, C, S*S)
-        visible = channel_mask[:, :, None]
-        if bool_masked_entries is not None:
-            visible = visible & ~bool_masked_entries.flatten(2)
+        hidden = hidden_entries(channel_mask, bool_masked_entries)
         genes = self.gene_embeddings(gene_ids)  # (B, C, D)
-        tokens = (values * visible).transpose(1, 2).to(genes.dtype) @ genes  # (B, S*S, D)
-        num_visible = visible.expand_as(values).sum(1)[..., None]  # (B, S*S, 1)
+        tokens = torch.where(hidden, 0, values).transpose(1, 2).to(genes.dtype) @ genes  # (B, S*S, D)
+        num_visible = values.shape[1] - hidden.sum(1)[..., None]  # (B, S*S or 1, 1)
         # Over the share of visible channels, so that the scale does not depend on how many genes there are.
         tokens = self.layernorm(tokens * (values.shape[1] / num_visible.clamp(min=1)).to(tokens.dtype))
         tokens = torch.where(num_visible > 0, tokens, self.mask_token.to(tokens.dtype))
@@ -180,16 +180,6 @@ class STImageMAELayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(update)
 
 
-def site_attention_mask(
-    config: STImageMAEConfig, hidden_states: torch.Tensor, pixel_mask: torch.Tensor
-) -> torch.Tensor | None:
-    """Keys are the observed sites. A window without any attends everywhere, so that softmax stays finite."""
-    observed = pixel_mask.flatten(1)
-    return create_bidirectional_mask(
-        config=config, inputs_embeds=hidden_states, attention_mask=observed | ~observed.any(-1, keepdim=True)
-    )
-
-
 class STImageMAEDecoder(nn.Module):
     """Encoded sites to features in the space of the gene embeddings."""
 
@@ -208,10 +198,12 @@ class STImageMAEDecoder(nn.Module):
     def forward(self, encoded: torch.Tensor, pixel_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden_states = self.embed(encoded)  # (B, S*S, decoder width)
         hidden_states = hidden_states + sine_cosine_positions(positions, hidden_states.shape[-1]).to(encoded.dtype)
-        attention_mask = site_attention_mask(self.config, hidden_states, pixel_mask)
+        selection = select_sites(pixel_mask.flatten(1))
+        hidden_states = selection.gather(hidden_states)  # (B, L, decoder width)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, selection.keys)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask)
-        return self.project(self.layernorm(hidden_states))  # (B, S*S, D)
+        return selection.scatter(self.project(self.layernorm(hidden_states)))  # (B, S*S, D)
 
 
 # ---------------------------------------------------------------------------- models
@@ -299,23 +291,34 @@ class STImageMAEModel(STImageMAEPreTrainedModel):
             coordinates (`torch.Tensor` of shape `(batch_size, window_size, window_size, 2)`, *optional*): Row and
                 column on the slide, 0 to 100; needed when `config.position_embedding_type` is `"slide"`.
             bool_masked_entries (`torch.BoolTensor` of shape `(batch_size, num_channels, window_size, window_size)`,
-                *optional*): True = hidden. A site all of whose measured channels are hidden enters as a mask token.
+                *optional*): True = hidden. A site all of whose measured channels are hidden enters as a mask token or,
+                when `config.mask_unit` is `"site"`, does not enter: no site sees it, and the mask token is its output.
 
         Returns:
             `last_hidden_state` `(batch_size, window_size ** 2, hidden_size)`, sites row by row, and `pooler_output`
-            `(batch_size, hidden_size)`, their mean over observed sites.
+            `(batch_size, hidden_size)`, their mean over the observed sites that entered.
         """
         pixel_mask, channel_mask = default_masks(
             self.config.pad_token_id, pixel_values, gene_ids, pixel_mask, channel_mask
         )
         positions = site_positions(self.config.position_embedding_type, pixel_mask, coordinates)
         hidden_states = self.embeddings(pixel_values, gene_ids, channel_mask, positions, bool_masked_entries)
-        attention_mask = site_attention_mask(self.config, hidden_states, pixel_mask)
+        observed = pixel_mask.flatten(1)
+        dropped = None
+        if self.config.mask_unit == "site" and bool_masked_entries is not None:
+            dropped = observed & hidden_entries(channel_mask, bool_masked_entries).all(1)  # (B, S*S)
+        # Whoever asks for the layers' outputs gets them for all sites.
+        recorded = any(kwargs.get(key, getattr(self.config, key, False)) for key in RECORDED)
+        selection = select_sites(observed if dropped is None else observed & ~dropped, gather=not recorded)
+        hidden_states = selection.gather(hidden_states)  # (B, L, D)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, selection.keys)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        observed = pixel_mask.flatten(1)[..., None].to(hidden_states.dtype)
-        last_hidden_state = self.layernorm(hidden_states) * observed
-        pooled = last_hidden_state.sum(1) / observed.sum(1).clamp(min=1)
+        last_hidden_state = selection.scatter(self.layernorm(hidden_states))  # (B, S*S, D)
+        pooled = last_hidden_state.sum(1) / selection.kept.sum(1, keepdim=True).clamp(min=1)
+        if dropped is not None:
+            mask_token = self.embeddings.mask_token.to(last_hidden_state.dtype)
+            last_hidden_state = torch.where(dropped[..., None], mask_token, last_hidden_state)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
 
 
@@ -400,7 +403,7 @@ class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
                 than the encoder saw. pixel_mask: bool (B, S, S). coordinates: as in `forward`.
 
         Returns:
-            float (B, C, S, S).
+            float (B, C, S, S), 0 at empty sites.
         """
         positions = site_positions(self.config.position_embedding_type, pixel_mask, coordinates)
         features = self.decoder(last_hidden_state, pixel_mask, positions)  # (B, S*S, D)

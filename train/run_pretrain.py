@@ -24,6 +24,7 @@ from data_processing.corpus import save_pretraining
 from data_processing.window_dataset import WindowDataset, spots_of, windows_per_epoch
 from modeling_stimg import SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
 from modeling_stimg.embedding_stimg import embedding_options
+from modeling_stimg.host_memory import keep_freed_memory
 from modeling_stimg.plotting import plot_loss
 from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments, parse_arguments
 from train.preparing import gene_vectors, prepare
@@ -69,10 +70,11 @@ def plan_steps(
     return training.max_steps * windows_a_step
 
 
-def use_cpu_threads(training: PretrainingArguments) -> None:
-    """Let a CPU run use all cores: `accelerate launch` would leave each process a single thread."""
+def use_cpu_well(training: PretrainingArguments) -> None:
+    """Let a CPU run use all cores: `accelerate launch` would leave each process a single thread. And keep memory."""
     if training.device.type != "cpu":
         return
+    keep_freed_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(training.num_cpu_threads or max(share, int(os.environ.get("OMP_NUM_THREADS", "1"))))
@@ -108,7 +110,7 @@ def check_arguments(corpus: CorpusArguments, training: PretrainingArguments) -> 
 def main(argv: list[str] | None = None) -> None:
     corpus, model_arguments, training = parse_arguments(argv)
     check_arguments(corpus, training)
-    use_cpu_threads(training)
+    use_cpu_well(training)
     processor, images, records = prepare(corpus, model_arguments, tell=training.process_index == 0)
     model = build_model(processor, images, model_arguments, training.seed)
     embedding_options(model, processor)
