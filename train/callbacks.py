@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data_processing.corpus import find_slides, read_slides, slide_images
@@ -43,7 +43,6 @@ class FiniteWatch(TrainerCallback):
         self.forwards_a_step = forwards_a_step
         self.output = output
         self.patience = patience
-        self.accelerator = Accelerator()
         self._losses: list[torch.Tensor] = []
 
     def on_loss(self, loss: torch.Tensor) -> None:
@@ -63,7 +62,7 @@ class FiniteWatch(TrainerCallback):
     def _check_losses(self, step: int) -> None:
         bad = ~torch.stack(self._losses).isfinite().view(-1, self.forwards_a_step).all(-1)  # (steps,)
         self._losses.clear()
-        bad_steps = self.accelerator.reduce(bad.int(), "sum").tolist()
+        bad_steps = reduce(bad.int(), "sum").tolist()
         if any(bad_steps):
             first = step - len(bad_steps) + 1 + next(i for i, count in enumerate(bad_steps) if count)
             self._stop(f"The loss is not finite at step {first}", first)
@@ -72,7 +71,7 @@ class FiniteWatch(TrainerCallback):
         # Of a sharded tensor each process looks at its own part.
         parts = (getattr(p, "_local_tensor", p).detach() for p in model.parameters())
         bad = torch.stack([~part.isfinite().all() for part in parts]).any()
-        if self.accelerator.reduce(bad.int(), "sum").item():
+        if reduce(bad.int(), "sum").item():
             self._stop(f"The weights are not finite after step {step}", step)
 
     def _stop(self, what: str, step: int) -> None:
@@ -80,9 +79,9 @@ class FiniteWatch(TrainerCallback):
         named = ", ".join(names[:MAX_NAMED_SLIDES])
         more = f" and {len(names) - MAX_NAMED_SLIDES} more" if len(names) > MAX_NAMED_SLIDES else ""
         saved = checkpoint_folders(self.output)
+        back = f"the last checkpoint with finite weights is {saved[-1]}" if saved else "there is no earlier checkpoint"
         raise NotFiniteError(
-            f"{what}, with windows of {named}{more}: look at these slides or lower the learning rate; "
-            f"{f'the last good checkpoint is {saved[-1]}' if saved else 'there is no earlier checkpoint'}."
+            f"{what}, with windows of {named}{more}: look at these slides or lower the learning rate; {back}."
         )
 
     def slides_of(self, step: int) -> list[str]:

@@ -42,10 +42,14 @@ def saving(what: str) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(part in str(error) for part in TORCH_WRITE_FAILURES):
             raise
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
+        if isinstance(error, RuntimeError):
+            reason = "a write was cut short, as on a full disk"
+        elif isinstance(error, OSError) and error.errno:
+            reason = os.strerror(error.errno)
         raise NotSavedError(
-            f"{what} could not be saved ({reason}): make room on the disk or let it be written to, and give the same "
-            "command again."
+            f"{what} could not be saved ({reason}): nothing that was saved before is lost; make room on the disk and "
+            "give the same command again."
         ) from error
 
 

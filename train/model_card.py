@@ -50,8 +50,12 @@ def write_card(facts: CardFacts, log_history: Sequence[dict[str, Any]]) -> Model
     return ModelCard("\n".join(parts))
 
 
+MASKED = {"entry": "of the entries", "site": "of the sites", "mixed": "of the sites, and of the entries at the others"}
+
+
 def _what(facts: CardFacts) -> str:
     c, p = facts.config, facts.processor
+    depth = "of the panel" if p.target_sum == "panel" else f"{p.target_sum:,g} counts a spot"
     return (
         "A masked autoencoder over windows of spatial transcriptomics slides (STImageMAE, package `stimg`): it gives "
         "every spot an embedding that knows its surroundings.\n\n"
@@ -59,8 +63,7 @@ def _what(facts: CardFacts) -> str:
         f"{c.num_attention_heads} heads; decoder {c.decoder_num_hidden_layers} layers x {c.decoder_hidden_size}\n"
         f"- windows of {p.window_size} x {p.window_size} sites with {p.num_channels} genes of "
         f"{len(p.vocabulary):,} in the vocabulary\n"
-        f"- values: {p.normalization}, {p.target_sum} counts a spot; masked: {c.mask_ratio:g} of "
-        f"{'entries and sites' if c.mask_unit == 'mixed' else c.mask_unit.replace('entry', 'entrie') + 's'}\n"
+        f"- values: {p.normalization}, depth {depth}; hidden: {c.mask_ratio:g} {MASKED[c.mask_unit]}\n"
     )
 
 

@@ -29,7 +29,7 @@ from modeling_stimg.embedding_stimg import embedding_options
 from modeling_stimg.plotting import logged, plot_loss, plot_probe
 from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments, ProbeArguments, parse_arguments
 from train.callbacks import FiniteWatch, ProbeCallback, ProbeSlide, read_probe_slides
-from train.checkpoints import checkpoint_to_resume, remove_checkpoints
+from train.checkpoints import checkpoint_to_resume, remove_checkpoints, saving
 from train.continuing import Parent, extend_model, load_parent
 from train.model_card import CardFacts, write_card
 from train.preparing import Prepared, gene_vectors, prepare
@@ -167,10 +167,11 @@ def save_start(
 ) -> None:
     """Write the model at step 0 to `untrained/`."""
     start = output / "untrained"
-    start.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(start)
-    processor.save_pretrained(start)
-    save_pretraining(start, seen, told)
+    with saving(str(start)):
+        start.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(start)
+        processor.save_pretrained(start)
+        save_pretraining(start, seen, told)
 
 
 def lineage(data: Prepared, parent: Parent | None) -> tuple[list[SlideRecord], dict[str, Any]]:
@@ -227,14 +228,15 @@ def save_results(
 ) -> None:
     """Write everything that tells of the training, and then the model: a folder with a model always has the rest."""
     output = Path(trainer.args.output_dir)
-    if trainer.is_world_process_zero():
-        seen, told = lineage(data, parent)
-        save_pretraining(output, seen, arguments, told)
-        plot_loss(trainer.state.log_history, output / "loss.png")
-        if probed:
-            plot_probe(trainer.state.log_history, output / "probe.png")
-    trainer.create_model_card()
-    trainer.save_state()
+    with saving(f"What there is to tell of {output}"):
+        if trainer.is_world_process_zero():
+            seen, told = lineage(data, parent)
+            save_pretraining(output, seen, arguments, told)
+            plot_loss(trainer.state.log_history, output / "loss.png")
+            if probed:
+                plot_probe(trainer.state.log_history, output / "probe.png")
+        trainer.create_model_card()
+        trainer.save_state()
     trainer.save_model()
 
 

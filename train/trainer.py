@@ -4,7 +4,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,8 @@ class PretrainTrainer(Trainer):
         staging = output / f"{STAGING_FOLDER}-model"
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            with saving(f"The model in {output}"):
+            # As part of a checkpoint, a failure is told of the checkpoint.
+            with saving(f"The model in {output}") if self._staging is None else nullcontext():
                 super()._save(str(staging), state_dict)
                 (staging / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 for path in sorted(staging.iterdir(), key=lambda p: p.name == SAFE_WEIGHTS_NAME):
