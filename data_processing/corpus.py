@@ -98,10 +98,16 @@ def slide_records(slides: dict[str, AnnData]) -> list[SlideRecord]:
     return [SlideRecord(name, slide_patient(adata), adata.n_obs) for name, adata in slides.items()]
 
 
-def save_pretraining(folder: Path, records: Sequence[SlideRecord], arguments: dict[str, Any]) -> None:
-    """Write which slides a model saw, and how it was trained, to `pretraining.json` beside its weights."""
+def save_pretraining(
+    folder: Path, records: Sequence[SlideRecord], arguments: dict[str, Any], further: dict[str, Any] | None = None
+) -> None:
+    """Write which slides a model saw, and how it was trained, to `pretraining.json` beside its weights.
+
+    Args:
+        records: every slide that it saw. further: entries to tell beside `slides` and `arguments`.
+    """
     temporary = folder / f"{PRETRAINING_FILE}.tmp"
-    content = {"slides": [asdict(record) for record in records], "arguments": arguments}
+    content = {"slides": [asdict(record) for record in records], **(further or {}), "arguments": arguments}
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(folder / PRETRAINING_FILE)
 
@@ -111,5 +117,10 @@ def load_pretraining(folder: Path) -> tuple[list[SlideRecord], dict[str, Any]] |
     path = folder / PRETRAINING_FILE
     if not path.exists():
         return None
+    return read_pretraining(path)
+
+
+def read_pretraining(path: Path) -> tuple[list[SlideRecord], dict[str, Any]]:
+    """The same of the file itself."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return [SlideRecord(**record) for record in content["slides"]], content["arguments"]

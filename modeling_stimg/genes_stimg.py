@@ -269,6 +269,31 @@ class GeneVocabulary:
         statistics = {name: getattr(self, name) if value is None else value for name, value in given.items()}
         return GeneVocabulary(self.gene_ids, self.gene_names, self.aliases, self.ambiguous, **statistics)
 
+    def extended_by(self, other: "GeneVocabulary") -> tuple["GeneVocabulary", np.ndarray]:
+        """These genes with their numbers, followed by those of `other` that are not among them; no statistics.
+
+        A name that means a gene here keeps its meaning, so that what was read with these genes is read alike.
+
+        Returns:
+            the vocabulary, and int64 (len(other),), the number in it of every gene of `other`.
+        """
+        numbers = self._numbers(
+            SlideGenes(
+                [strip_version(g) if is_ensembl(g) else "" for g in other.gene_ids],
+                ["" if is_ensembl(n) else n for n in map(_symbol, other.gene_ids, other.gene_names)],
+            )
+        )
+        new = np.flatnonzero(numbers < 0)
+        numbers[new] = len(self) + np.arange(len(new))
+        names = ["" if other.gene_names[i] in self._lookup else other.gene_names[i] for i in new]
+        vocabulary = GeneVocabulary(
+            [*self.gene_ids, *(other.gene_ids[i] for i in new)],
+            [*self.gene_names, *names],
+            {**other.aliases, **self.aliases},
+            {*self.ambiguous, *(name for name in other.ambiguous if name not in self._lookup)},
+        )
+        return vocabulary, numbers
+
     # ---------------------------------------------------------------- asking it
 
     def __len__(self) -> int:
@@ -316,14 +341,7 @@ class GeneVocabulary:
             ValueError: fewer than 50 genes, or fewer than 5 % of the slide's, are known.
         """
         genes = SlideGenes.of(adata)
-        ids = self.encode(genes.ids)
-        # A symbol speaks for a gene only where no Ensembl id contradicts it: the slide gives none, or the vocabulary
-        # knows the gene by its symbol alone.
-        by_symbol = self.encode(genes.symbols)
-        given = np.array([gene != "" for gene in genes.ids], dtype=bool)
-        known_by_id = np.append([is_ensembl(gene) for gene in self.gene_ids], False)[by_symbol]
-        ids = np.where((ids < 0) & ~(given & known_by_id), by_symbol, ids)
-        match = GeneMatch(ids)
+        match = GeneMatch(self._numbers(genes))
         if match.num_matched < max(MIN_MATCHED_GENES, MIN_MATCHED_SHARE * match.num_genes):
             raise ValueError(
                 f"The slide {match} with the vocabulary (e.g. {genes.example!r} against {self.gene_ids[0]!r}): at "
@@ -331,6 +349,16 @@ class GeneVocabulary:
                 "id or symbol in var_names or var['gene_ids']."
             )
         return match
+
+    def _numbers(self, genes: SlideGenes) -> np.ndarray:
+        """Numbers int64 (n,) of genes by their most precise name, -1 where unknown."""
+        ids = self.encode(genes.ids)
+        # A symbol speaks for a gene only where no Ensembl id contradicts it: the slide gives none, or the vocabulary
+        # knows the gene by its symbol alone.
+        by_symbol = self.encode(genes.symbols)
+        given = np.array([gene != "" for gene in genes.ids], dtype=bool)
+        known_by_id = np.append([is_ensembl(gene) for gene in self.gene_ids], False)[by_symbol]
+        return np.where((ids < 0) & ~(given & known_by_id), by_symbol, ids)
 
     # ---------------------------------------------------------------- files
 
@@ -396,6 +424,11 @@ class GeneVocabulary:
     ) -> "GeneVocabulary":
         """Read `genes.json` from a folder or a Hub repository; `kwargs` are those of `cached_file`."""
         return cls.load(cached_file(str(pretrained_model_name_or_path), GENES_FILE, **kwargs), sha256)
+
+
+def _symbol(gene_id: str, name: str) -> str:
+    """The symbol of a gene of a vocabulary: its name, or the identity of one that is known by its symbol alone."""
+    return name or gene_id
 
 
 def _identities(genes: SlideGenes, table: GeneVocabulary | None) -> list[tuple[str, str]]:

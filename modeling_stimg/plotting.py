@@ -121,11 +121,33 @@ def plot_maps(adata: AnnData, maps: Mapping[str, Sequence[Any] | np.ndarray], pa
 
 
 def plot_loss(log_history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
-    """The training loss over steps, from `trainer.state.log_history`, as an image file."""
-    points = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    """The loss over steps, in training and on held-out slides, from `trainer.state.log_history`, as an image file."""
+    curves = {"training": logged(log_history, "loss"), "held-out slides": logged(log_history, "eval_loss")}
+    plot_curves(curves, "masked mean squared error", "Pretraining loss", path)
+
+
+def plot_probe(log_history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
+    """The probe's adjusted Rand index over steps, from `trainer.state.log_history`, as an image file."""
+    curves = {"10-NN": logged(log_history, "probe_ari")}
+    plot_curves(curves, "adjusted Rand index", "Probe on frozen embeddings", path)
+
+
+def logged(log_history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of every entry of a log history that has the key."""
+    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[tuple[int, float]]], ylabel: str, title: str, path: str | os.PathLike
+) -> None:
+    """Values over steps, one curve a name, as an image file; a curve of a single point is a dot."""
     figure = new_figure(6, 3.5)
     ax = figure.subplots()
-    ax.plot(*zip(*points, strict=True) if points else ([], []), color="tab:blue")
-    ax.set(xlabel="step", ylabel="masked mean squared error", title="Pretraining loss")
+    drawn = {name: points for name, points in curves.items() if points}
+    for name, points in drawn.items():
+        ax.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else "", markersize=3)
+    if len(drawn) > 1:
+        ax.legend(frameon=False)
+    ax.set(xlabel="step", ylabel=ylabel, title=title)
     ax.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)

@@ -87,3 +87,19 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("STIMG_DATA names no folder with real slides")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory: pytest.TempPathFactory, slides: dict[str, AnnData]) -> Path:
+    """`config.yaml` of a small pretraining on the two slides."""
+    from small_pretraining import write_config  # it imports the Trainer, which takes seconds
+
+    return write_config(tmp_path_factory.mktemp("small_pretraining"), slides)
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config: Path) -> Path:
+    """What that pretraining gives, uninterrupted and in one process."""
+    from small_pretraining import train_here
+
+    return train_here(small_config, small_config.parent / "model")

@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from train.continuing import check_agrees, parent_fields
+
 
 @dataclass
 class CorpusArguments:
@@ -55,6 +57,18 @@ class CorpusArguments:
     coverage: float = field(
         default=2.0, metadata={"help": "How often an epoch covers every spot on average; sets windows per epoch."}
     )
+    validation_slides: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Slides to hold out and compute eval_loss on: names among those given, or one share such as 0.1, "
+            "drawn by seed, all slides of a patient together. They are left out of training windows, of the "
+            "vocabulary, of gene statistics and of the singular start; a corpus, though, keeps the statistics and "
+            "vectors that it was built with, which are those of all its slides."
+        },
+    )
+    validation_windows: int = field(
+        default=256, metadata={"help": "Windows of the held-out slides, the same at every evaluation and in every run."}
+    )
 
     def __post_init__(self) -> None:
         if self.target_sum != "panel":
@@ -68,6 +82,13 @@ class CorpusArguments:
 class ModelArguments:
     """Architecture and objective; see STImageMAEConfig."""
 
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from a model, a folder or Hub id: its weights, architecture, gene statistics and values. "
+            "Genes that it does not know get new rows; fields that are not given are its own."
+        },
+    )
     window_size: int = field(default=16, metadata={"help": "Side of a window, in sites."})
     num_channels: int = field(default=512, metadata={"help": "Genes of a window."})
     hidden_size: int = field(default=256, metadata={"help": "Width of the encoder and of gene embeddings."})
@@ -98,12 +119,35 @@ class ModelArguments:
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that belong to STImageMAEConfig."""
-        ours = {"singular_start", "freeze_gene_embeddings"}
+        ours = {"init_from", "singular_start", "freeze_gene_embeddings"}
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
 
     def __post_init__(self) -> None:
         if isinstance(self.embedding_defaults, str):
             self.embedding_defaults = json.loads(self.embedding_defaults)
+
+
+@dataclass
+class ProbeArguments:
+    """Labelled slides on which the embedding is watched while it is trained; nothing is learnt from them."""
+
+    probe_slides: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Labelled slides to embed now and then: files or globs; $VARIABLES are expanded."},
+    )
+    probe_label_key: str = field(default="label", metadata={"help": "Column of their obs with the domains."})
+    probe_unlabelled: list[str] = field(
+        default_factory=lambda: ["undetermined", "WH"],
+        metadata={"help": "Labels that are no class, beside missing ones."},
+    )
+    probe_steps: int = field(
+        default=500,
+        metadata={"help": "Steps between two probes: ARI of a 10-NN probe on 20/80 splits; one more at the end."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.probe_steps < 1:
+            raise ValueError(f"probe_steps is {self.probe_steps}: expected a whole number from 1.")
 
 
 @dataclass
@@ -125,25 +169,71 @@ class PretrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Threads of a process on CPUs; default: the machine's cores, shared evenly."}
     )
     report_to: str = field(default="none", metadata={"help": "Where to log, e.g. tensorboard."})
+    resume: bool = field(
+        default=True,
+        metadata={
+            "help": "Go on from the last whole checkpoint in output_dir, with the same arguments. False: start anew "
+            "and remove the checkpoints that are there."
+        },
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the newest ones."})
+    eval_strategy: str = field(
+        default="steps",
+        metadata={"help": "When to compute eval_loss on validation_slides: steps, or no (at the end)."},
+    )
+    eval_steps: float | None = field(default=500, metadata={"help": "Steps between evaluations; below 1 a share."})
+    prediction_loss_only: bool = field(
+        default=True,
+        metadata={"help": "Must stay true: reconstructions of all windows would fill the memory."},
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["pixel_values"],
+        metadata={"help": "Must stay pixel_values: what is predicted; without it there is no eval_loss."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay false: a loss that is not finite ends the run instead of hiding."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Several processes: look for parameters without gradient; there are none."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"resume_from_checkpoint is {self.resume_from_checkpoint!r}: a run goes on from its own output_dir by "
+                "itself; to go on from another model, give --init_from."
+            )
+        if self.logging_nan_inf_filter:
+            raise ValueError("logging_nan_inf_filter is on: it would hide a loss that is not finite; leave it out.")
 
 
 def parse_arguments(
     argv: Sequence[str] | None = None,
-) -> tuple[CorpusArguments, ModelArguments, PretrainingArguments]:
+) -> tuple[CorpusArguments, ModelArguments, ProbeArguments, PretrainingArguments]:
     """Dataclasses from `--config FILE.yaml [--field value ...]`; the command line wins over the file.
+
+    With `init_from`, what neither gives is as in that model.
 
     Raises:
         SystemExit: unknown fields or a missing file, with status 2 and one sentence.
+        ValueError: fields that contradict the model of `init_from`. OSError: there is none.
     """
-    parser = HfArgumentParser((CorpusArguments, ModelArguments, PretrainingArguments), allow_abbrev=False)
+    types = (CorpusArguments, ModelArguments, ProbeArguments, PretrainingArguments)
+    parser = HfArgumentParser(types, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of the fields below; the command line wins over it.")
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    config = first.parse_known_args(argv)[0].config
-    if config is not None:
-        parser.set_defaults(**_read_config(Path(config), parser))
+    first.add_argument("--init_from", "--init-from")
+    known, _ = first.parse_known_args(argv)
+    of_file = {} if known.config is None else _read_config(Path(known.config), parser)
+    source = known.init_from or of_file.get("init_from")
+    of_parent = {} if source is None else parent_fields(source)
+    parser.set_defaults(**{**of_parent, **of_file})
     *dataclass_values, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if source is not None:
+        check_agrees(of_parent, {k: v for part in dataclass_values for k, v in vars(part).items()})
     return tuple(dataclass_values)
 
 

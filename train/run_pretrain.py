@@ -2,42 +2,65 @@
 
     accelerate launch train/run_pretrain.py --config train/configs/demo.yaml [--field value ...]
 
-Writes the model, its processor and code, `pretraining.json` (the slides it saw), the loss curve, and under `untrained/`
-the model at step 0, against which an evaluation measures what training added.
+Writes the model, its processor and code, `pretraining.json` (the slides it saw), a model card, the loss curve, and
+under `untrained/` the model at step 0, against which an evaluation measures what training added.
+
+The same command again goes on from the last whole checkpoint, to the same weights as without the interruption.
 """
 
+import dataclasses
 import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
-from data_processing.corpus import save_pretraining
+from data_processing.corpus import SlideRecord, save_pretraining
 from data_processing.window_dataset import WindowDataset, spots_of, windows_per_epoch
 from modeling_stimg import SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
 from modeling_stimg.embedding_stimg import embedding_options
 from modeling_stimg.host_memory import keep_freed_memory
-from modeling_stimg.plotting import plot_loss
-from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments, parse_arguments
-from train.preparing import gene_vectors, prepare
+from modeling_stimg.plotting import logged, plot_loss, plot_probe
+from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments, ProbeArguments, parse_arguments
+from train.callbacks import FiniteWatch, ProbeCallback, ProbeSlide, read_probe_slides
+from train.checkpoints import checkpoint_to_resume, remove_checkpoints, saving
+from train.continuing import Parent, extend_model, load_parent
+from train.model_card import CardFacts, write_card
+from train.preparing import Prepared, gene_vectors, prepare
+from train.trainer import PretrainTrainer
 
 logger = logging.get_logger("stimg")
 
+# Of the held-out windows; the same in every run, so that losses of runs over one set of slides can be compared.
+VALIDATION_SEED = 20_260
+# What of the training arguments decides the result, beside the slides, the model and the windows of a step.
+DECIDING = (
+    *("seed", "max_steps", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
+    *("optim_args", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16"),
+)
+
 
 def build_model(
-    processor: STPatchProcessor, images: Sequence[SlideImage], arguments: ModelArguments, seed: int
+    processor: STPatchProcessor,
+    images: Sequence[SlideImage],
+    arguments: ModelArguments,
+    seed: int,
+    parent: Parent | None = None,
 ) -> STImageMAEForPreTraining:
-    """The model at step 0: random, or with gene embeddings that span the corpus' leading gene programs."""
-    config = STImageMAEConfig(vocab_size=len(processor.vocabulary) + 1, **arguments.config_fields())
+    """The model at step 0: random, with gene embeddings that span the corpus' leading gene programs, or a parent's."""
     set_seed(seed)
+    if parent is not None:
+        model = extend_model(parent.model, arguments.config_fields(), len(processor.vocabulary), seed)
+        model.get_input_embeddings().weight.requires_grad_(not arguments.freeze_gene_embeddings)
+        return model
+    config = STImageMAEConfig(vocab_size=len(processor.vocabulary) + 1, **arguments.config_fields())
     model = STImageMAEForPreTraining(config)
     if arguments.singular_start:
         start_gene_embeddings(model, gene_vectors(processor, images, config.hidden_size, seed))
@@ -58,16 +81,20 @@ def start_gene_embeddings(model: STImageMAEForPreTraining, vectors: np.ndarray) 
         table[: len(start)][moving] = start[moving] * scale
 
 
+def windows_a_step(training: PretrainingArguments) -> int:
+    """Windows of all processes and accumulation steps."""
+    # `train_batch_size` is the batch of a process, over all its devices.
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
 def plan_steps(
     images: Sequence[SlideImage], corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments
 ) -> int:
     """Windows of the whole training; sets `training.max_steps`, so that every window is drawn once."""
-    # `train_batch_size` is the batch of a process, over all its devices.
-    windows_a_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     if training.max_steps <= 0:
         windows = training.num_train_epochs * windows_per_epoch(images, model.window_size, corpus.coverage)
-        training.max_steps = max(1, math.ceil(windows / windows_a_step))
-    return training.max_steps * windows_a_step
+        training.max_steps = max(1, math.ceil(windows / windows_a_step(training)))
+    return training.max_steps * windows_a_step(training)
 
 
 def use_cpu_well(training: PretrainingArguments) -> None:
@@ -84,13 +111,36 @@ def told_arguments(
     corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments, num_windows: int
 ) -> dict[str, Any]:
     """What a reader of the checkpoint should know of its training; no paths, which mean nothing elsewhere."""
-    paths = {"slides", "corpus", "gene_table"}
+    paths = {"slides", "corpus", "gene_table", "init_from"}
     told = ("max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16", "fp16")
+    fields = {**dataclasses.asdict(corpus), **dataclasses.asdict(model)}
     return {
-        **{k: v for k, v in asdict(corpus).items() if k not in paths},
-        **asdict(model),
+        **{k: v for k, v in fields.items() if k not in paths},
         **{k: v for k, v in training.to_dict().items() if k in told},
         "num_windows": num_windows,
+    }
+
+
+def deciding_arguments(
+    corpus: CorpusArguments,
+    model: ModelArguments,
+    training: PretrainingArguments,
+    data: Prepared,
+    parent: Parent | None,
+) -> dict[str, Any]:
+    """What the weights depend on. How the windows of a step are spread over processes is not among it."""
+    # Paths say nothing of their content, which is told below; these say how much to train, which max_steps tells.
+    left_out = {"slides", "corpus", "gene_table", "exclude", "coverage", "validation_slides", "validation_windows"}
+    fields = {**dataclasses.asdict(corpus), **model.config_fields()}
+    return {
+        **{k: v for k, v in fields.items() if k not in left_out},
+        **{k: v for k, v in training.to_dict().items() if k in DECIDING},
+        "singular_start": model.singular_start,
+        "freeze_gene_embeddings": model.freeze_gene_embeddings,
+        "init_from": None if parent is None else parent.sha256,
+        "windows_a_step": windows_a_step(training),
+        "training_slides": [[record.name, record.num_spots] for record in data.records],
+        "genes": data.processor.vocabulary.ids_sha256,
     }
 
 
@@ -101,56 +151,185 @@ def check_arguments(corpus: CorpusArguments, training: PretrainingArguments) -> 
         raise ValueError(f"{given} were given: name slides with --slides, or a corpus with --corpus.")
     if corpus.corpus and corpus.exclude:
         raise ValueError("A corpus is trained on as a whole: leave slides out (--exclude) when it is built.")
+    if corpus.corpus and corpus.gene_table:
+        raise ValueError("A corpus and a gene table were given: a corpus has its genes; leave --gene_table out.")
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {training.n_gpu} GPUs: give each its own, accelerate launch --multi_gpu --num_processes "
+            f"{training.n_gpu}, or show it a single one with CUDA_VISIBLE_DEVICES."
+        )
     if (Path(training.output_dir) / "model.safetensors").exists():
         raise ValueError(
             f"{training.output_dir} holds a trained model already: give another --output_dir, or move that one away."
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    corpus, model_arguments, training = parse_arguments(argv)
-    check_arguments(corpus, training)
-    use_cpu_well(training)
-    processor, images, records = prepare(corpus, model_arguments, tell=training.process_index == 0)
-    model = build_model(processor, images, model_arguments, training.seed)
-    embedding_options(model, processor)
-    num_windows = plan_steps(images, corpus, model_arguments, training)
-    output = Path(training.output_dir)
-
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=WindowDataset(images, processor, num_windows, seed=training.seed),
-        processing_class=processor,
-    )
-    arguments = told_arguments(corpus, model_arguments, training, num_windows)
-    if trainer.is_world_process_zero():
-        parameters = sum(p.numel() for p in model.parameters())
-        logger.warning(
-            f"{len(images)} slides, {int(spots_of(images).sum()):,} spots, {len(processor.vocabulary):,} genes; "
-            f"{parameters:,} parameters; {training.max_steps:,} steps, {num_windows:,} windows."
-        )
-        start = output / "untrained"
+def save_start(
+    output: Path, model: STImageMAEForPreTraining, processor: STPatchProcessor, seen: Sequence[SlideRecord], told: dict
+) -> None:
+    """Write the model at step 0 to `untrained/`."""
+    start = output / "untrained"
+    with saving(str(start)):
         start.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(start)
         processor.save_pretrained(start)
-        save_pretraining(start, [], arguments)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    if trainer.is_world_process_zero():
-        # Before the weights: a folder with a model always tells which slides it saw.
-        save_pretraining(output, records, arguments)
-        plot_loss(trainer.state.log_history, output / "loss.png")
-    trainer.save_state()
+        save_pretraining(start, seen, told)
+
+
+def lineage(data: Prepared, parent: Parent | None) -> tuple[list[SlideRecord], dict[str, Any]]:
+    """Every slide that the model saw, a parent's among them, and what else `pretraining.json` tells of slides."""
+    own = {record.name for record in data.records}
+    inherited = [] if parent is None else [record for record in parent.seen if record.name not in own]
+    told: dict[str, Any] = {"validation_slides": [dataclasses.asdict(record) for record in data.held_out_records]}
+    if parent is not None:
+        slides = None if parent.slides is None else [record.name for record in parent.slides]
+        told["parent"] = {"name": parent.name, "slides": slides}
+    return [*data.records, *inherited], told
+
+
+def make_trainer(
+    model: STImageMAEForPreTraining,
+    data: Prepared,
+    corpus: CorpusArguments,
+    training: PretrainingArguments,
+    num_windows: int,
+    **options: Any,
+) -> PretrainTrainer:
+    """The Trainer over the windows of `data`; without held-out slides it evaluates nothing."""
+    held_out = None
+    if len(data.held_out_images):
+        held_out = WindowDataset(data.held_out_images, data.processor, corpus.validation_windows, VALIDATION_SEED)
+    else:
+        training.eval_strategy, training.load_best_model_at_end = "no", False
+    windows = WindowDataset(data.images, data.processor, num_windows, seed=training.seed)
+    watch = FiniteWatch(
+        windows, windows_a_step(training), training.gradient_accumulation_steps, Path(training.output_dir)
+    )
+    return PretrainTrainer(
+        model=model,
+        args=training,
+        train_dataset=windows,
+        eval_dataset=held_out,
+        processing_class=data.processor,
+        callbacks=[watch],
+        on_loss=watch.on_loss,
+        **options,
+    )
+
+
+def train(trainer: PretrainTrainer, checkpoint: Path | None) -> None:
+    """Train to the end, and evaluate there, if that was not just done."""
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    evaluated = [step for step, _ in logged(trainer.state.log_history, "eval_loss")]
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+
+
+def save_results(
+    trainer: PretrainTrainer, data: Prepared, parent: Parent | None, arguments: dict[str, Any], probed: bool
+) -> None:
+    """Write everything that tells of the training, and then the model: a folder with a model always has the rest."""
+    output = Path(trainer.args.output_dir)
+    with saving(f"What there is to tell of {output}"):
+        if trainer.is_world_process_zero():
+            seen, told = lineage(data, parent)
+            save_pretraining(output, seen, arguments, told)
+            plot_loss(trainer.state.log_history, output / "loss.png")
+            if probed:
+                plot_probe(trainer.state.log_history, output / "probe.png")
+        trainer.create_model_card()
+        trainer.save_state()
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        # The Trainer leaves its arguments as a pickle, which has no place in a folder that others load a model from.
-        (output / "training_args.bin").unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    corpus, model_arguments, probe, training = parse_arguments(argv)
+    check_arguments(corpus, training)
+    use_cpu_well(training)
+    main_process = training.process_index == 0
+    parent = None if model_arguments.init_from is None else load_parent(model_arguments.init_from)
+    data = prepare(corpus, model_arguments, training.seed, main_process, parent)
+    probe_slides = read_probe_slides(probe, data.processor) if probe.probe_slides else []
+    model = build_model(data.processor, data.images, model_arguments, training.seed, parent)
+    embedding_options(model, data.processor)
+    num_windows = plan_steps(data.images, corpus, model_arguments, training)
+    run = deciding_arguments(corpus, model_arguments, training, data, parent)
+    output = Path(training.output_dir)
+    checkpoint = checkpoint_to_resume(output, run, main_process) if training.resume else None
+    arguments = told_arguments(corpus, model_arguments, training, num_windows)
+    facts = card_facts(training, model, data, probe_slides, parent, arguments)
+    trainer = make_trainer(
+        model,
+        data,
+        corpus,
+        training,
+        num_windows,
+        run=run,
+        model_card=lambda history: write_card(facts, history).save(output / "README.md"),
+    )
+    add_probe(trainer, probe_slides, data.processor, probe)
+    if main_process:
+        tell_start(data, facts.num_parameters, training, num_windows, checkpoint)
+        if not training.resume:
+            remove_checkpoints(output)
+        if checkpoint is None:
+            save_start(output, model, data.processor, [] if parent is None else parent.seen, arguments)
+    train(trainer, checkpoint)
+    save_results(trainer, data, parent, arguments, probed=bool(probe_slides))
+    if main_process:
         logger.warning(f"The model is in {output}.")
+    trainer.accelerator.end_training()
+
+
+def add_probe(
+    trainer: PretrainTrainer, slides: Sequence[ProbeSlide], processor: STPatchProcessor, probe: ProbeArguments
+) -> None:
+    """Have the Trainer probe the embedding now and then."""
+    if slides and trainer.is_fsdp_enabled:
+        raise ValueError("probe_slides cannot be used with FSDP, where no process holds the model: leave them out.")
+    if slides:
+        trainer.add_callback(ProbeCallback(slides, processor, probe.probe_steps, trainer.log))
+
+
+def card_facts(
+    training: PretrainingArguments,
+    model: STImageMAEForPreTraining,
+    data: Prepared,
+    probe_slides: Sequence[ProbeSlide],
+    parent: Parent | None,
+    arguments: dict[str, Any],
+) -> CardFacts:
+    """What the model card tells of a run before it starts."""
+    return CardFacts(
+        name=training.hub_model_id or Path(training.output_dir).name,
+        config=model.config,
+        processor=data.processor,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        records=data.records,
+        held_out=data.held_out_records,
+        probed=[slide.image.name for slide in probe_slides],
+        parent=None if parent is None else (parent.name, parent.slides),
+        arguments=arguments,
+    )
+
+
+def tell_start(
+    data: Prepared, num_parameters: int, training: PretrainingArguments, num_windows: int, checkpoint: Path | None
+) -> None:
+    """One line on what is going to happen."""
+    held_out = f" ({len(data.held_out_records)} more held out)" if data.held_out_records else ""
+    processes = f" in {training.world_size} processes" if training.world_size > 1 else ""
+    going_on = "" if checkpoint is None else f" Goes on from {checkpoint}."
+    logger.warning(
+        f"{len(data.images)} slides{held_out}, {int(spots_of(data.images).sum()):,} spots, "
+        f"{len(data.processor.vocabulary):,} genes; {num_parameters:,} parameters; {training.max_steps:,} steps, "
+        f"{num_windows:,} windows{processes}.{going_on}"
+    )
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         # A config's own check is the cause of the error that names the config's class.
         sys.exit(f"error: {error.__cause__ if isinstance(error, StrictDataclassError) else error}")
