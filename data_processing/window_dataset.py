@@ -1,6 +1,6 @@
 """WindowDataset: an endless-looking stream of training windows, every one a function of (seed, index)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +8,10 @@ from torch.utils.data import Dataset
 
 from modeling_stimg import SlideImage, STPatchProcessor
 from modeling_stimg.noise_stimg import mask_noise, window_uniforms
+from modeling_stimg.sample_units_stimg import spots_of_samples
+
+# Axes of the sites, by name of the tensor.
+_SITE_AXES = {"pixel_values": (1, 2), "noise": (1, 2), "pixel_mask": (0, 1), "coordinates": (0, 1)}
 
 
 def spots_of(images: Sequence[SlideImage]) -> np.ndarray:
@@ -16,9 +20,33 @@ def spots_of(images: Sequence[SlideImage]) -> np.ndarray:
     return np.array([image.num_spots for image in images], dtype=np.int64) if known is None else known
 
 
-def windows_per_epoch(images: Sequence[SlideImage], window_size: int, coverage: float = 2.0) -> int:
-    """Windows that cover every spot `coverage` times on average, were the windows full."""
-    return max(1, round(coverage * int(spots_of(images).sum()) / window_size**2))
+def windows_per_epoch(
+    images: Sequence[SlideImage], window_sizes: Sequence[int], coverage: float = 2.0, sample_unit: str = "patch"
+) -> int:
+    """Samples that cover every spot `coverage` times on average, were the windows full.
+
+    Args:
+        window_sizes: those that windows are drawn with, equally often.
+    """
+    spots = spots_of(images)
+    sites = [spots_of_samples(sample_unit, size) for size in window_sizes]
+    a_sample = float(spots.mean()) if None in sites else float(np.mean(sites))
+    return max(1, round(coverage * int(spots.sum()) / a_sample))
+
+
+def collate_windows(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of items of `WindowDataset`. Whole slides of different sizes are filled up with empty sites."""
+    side = max(item["pixel_mask"].shape[-1] for item in items)
+    return {key: torch.stack([_filled_up(key, item[key], side) for item in items]) for key in items[0]}
+
+
+def _filled_up(key: str, tensor: torch.Tensor, side: int) -> torch.Tensor:
+    axes = _SITE_AXES.get(key, ())
+    if all(tensor.shape[axis] == side for axis in axes):
+        return tensor
+    larger = tensor.new_zeros([side if axis in axes else length for axis, length in enumerate(tensor.shape)])
+    larger[tuple(slice(length) for length in tensor.shape)] = tensor
+    return larger
 
 
 class WindowDataset(Dataset):
@@ -33,6 +61,8 @@ class WindowDataset(Dataset):
         processor: makes the windows.
         num_windows: virtual length: all windows of the whole training, not of one epoch.
         seed: int from 0.
+        window_sizes: sides to draw windows with instead of the processor's, equally often; one side for every
+            `windows_a_step` items that follow each other, so that the windows of a step make one tensor.
 
     Items are dicts of tensors without batch dimension: the keys of the processor's `BatchFeature` but `spot_index`,
     and `noise` float32 (C, S, S) for the mask.
@@ -42,13 +72,23 @@ class WindowDataset(Dataset):
         IndexError: an item beyond the length.
     """
 
-    def __init__(self, images: Sequence[SlideImage], processor: STPatchProcessor, num_windows: int, seed: int = 0):
+    def __init__(
+        self,
+        images: Sequence[SlideImage],
+        processor: STPatchProcessor,
+        num_windows: int,
+        seed: int = 0,
+        window_sizes: Sequence[int] = (),
+        windows_a_step: int = 1,
+    ):
         if not images:
             raise ValueError("A WindowDataset needs at least one slide: got none.")
         self.images = images
         self.processor = processor
         self.num_windows = num_windows
         self.seed = seed
+        self.window_sizes = tuple(window_sizes) or (processor.window_size,)
+        self.windows_a_step = windows_a_step
         self._area = np.cumsum(spots_of(images))
 
     def __len__(self) -> int:
@@ -59,11 +99,24 @@ class WindowDataset(Dataset):
         uniform, _ = window_uniforms(self.seed, index)
         return self.images[int(np.searchsorted(self._area, uniform * self._area[-1], side="right"))]
 
+    def window_size_of(self, index: int) -> int:
+        """The side of item `index`."""
+        if len(self.window_sizes) == 1:
+            return self.window_sizes[0]
+        step = index // self.windows_a_step
+        # A third number, lest it be the draw of a window.
+        return int(np.random.default_rng([self.seed, step, 1]).choice(self.window_sizes))
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.num_windows:
             raise IndexError(f"Window {index} of {self.num_windows}.")
         batch = self.processor(
-            self.slide_of(index), num_windows=1, first_window=index, seed=self.seed, return_tensors="pt"
+            self.slide_of(index),
+            num_windows=1,
+            first_window=index,
+            seed=self.seed,
+            window_size=self.window_size_of(index),
+            return_tensors="pt",
         )
         item = {key: batch[key][0] for key in batch if key != "spot_index"}
         item["noise"] = torch.from_numpy(mask_noise(self.seed, index, tuple(item["pixel_values"].shape)))

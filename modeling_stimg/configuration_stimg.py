@@ -19,6 +19,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 MASK_UNITS = ("entry", "site", "mixed")
+SAMPLE_UNITS = ("patch", "spot", "multi_spot", "slice")
 POSITION_EMBEDDING_TYPES = ("window", "slide")
 
 
@@ -37,6 +38,8 @@ class STImageMAEConfig(PreTrainedConfig):
         mask_ratio (`float`): Share of a window's maskable entries (or sites) that pretraining hides.
         mask_unit (`str`): `"entry"` hides single (site, gene) entries; `"site"` hides whole sites; `"mixed"` hides
             `mask_ratio` of the sites and then `mask_ratio` of the entries at the sites that are left.
+        sample_unit (`str`): Which sites the model sees at a time: `"patch"`, a window; `"spot"`, one; `"multi_spot"`, a
+            spot and its 16 nearest; `"slice"`, the whole slide. The last three are baselines of the first.
         position_embedding_type (`str`): `"window"` encodes a site's row and column within its window; `"slide"` its
             `coordinates` on the slide, 0 to 100 an axis. Both are fixed 2-D sine-cosine codes.
         embedding_defaults (`dict`, *optional*): What `embed_slide` does when not told: any of `stride`, `readout`,
@@ -64,6 +67,7 @@ class STImageMAEConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     mask_ratio: float | int = 0.3
     mask_unit: str = "entry"
+    sample_unit: str = "patch"
     position_embedding_type: str = "window"
     embedding_defaults: dict[str, Any] | None = None
 
@@ -90,6 +94,8 @@ class STImageMAEConfig(PreTrainedConfig):
                 )
         if self.mask_unit not in MASK_UNITS:
             raise ValueError(f"mask_unit is {self.mask_unit!r}: expected one of {MASK_UNITS}.")
+        if self.sample_unit not in SAMPLE_UNITS:
+            raise ValueError(f"sample_unit is {self.sample_unit!r}: expected one of {SAMPLE_UNITS}.")
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(
                 f"position_embedding_type is {self.position_embedding_type!r}: "

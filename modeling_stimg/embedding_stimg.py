@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .sampling_stimg import covering_corners
+from .sample_units_stimg import covering_samples, sample_side
 from .slide_image_stimg import SlideImage, usable_device
 
 logger = logging.get_logger(__name__)
@@ -88,7 +88,7 @@ def embed_image(
         gene_selection: how a window's genes are chosen, as in the processor.
         num_gene_draws: how often each window is read, with genes drawn anew.
         smoothing: radius in sites of a final mean over the square around each spot; 0 = none.
-        batch_size: windows at a time.
+        batch_size: windows at a time; of the sample unit `"spot"` as many spots as these windows have sites.
         device: where to run; `None` = where the model is.
         seed: of the gene draws. The same input gives the same bits.
         progress: show a progress bar.
@@ -109,6 +109,11 @@ def embed_image(
         raise ValueError(
             f"The model has {model.config.vocab_size:,} gene embeddings, padding included, and the processor "
             f"{len(processor.vocabulary):,} genes: they belong to different models; load both from one folder."
+        )
+    if processor.sample_unit != model.config.sample_unit:
+        raise ValueError(
+            f'The model was trained on the sample unit "{model.config.sample_unit}" and the processor makes '
+            f'"{processor.sample_unit}": load both from one folder.'
         )
     if options["readout"] != "spot" and model.config.mask_unit == "entry":
         logger.warning_once(
@@ -144,7 +149,10 @@ def _readout_means(
     progress: bool,
 ) -> list[np.ndarray]:
     """For each readout asked for, float64 (num_spots, hidden): means over windows and draws."""
-    corners = covering_corners(image, processor.window_size, options["stride"])
+    side = sample_side(image, processor.sample_unit, processor.window_size)
+    corners = covering_samples(image, processor.sample_unit, side, options["stride"])
+    if processor.sample_unit == "spot":
+        batch_size *= processor.window_size**2  # as many sites at a time as in windows
     windows = corners * options["num_gene_draws"]
     readouts = ("spot", "context") if options["readout"] == "both" else (options["readout"],)
     sums = {r: np.zeros((image.num_spots, encoder.config.hidden_size)) for r in readouts}

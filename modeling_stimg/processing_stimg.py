@@ -27,10 +27,12 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
 from .compaction_stimg import COMPACTIONS
+from .configuration_stimg import SAMPLE_UNITS
 from .corpus_row_stimg import slide_image_from_row
 from .counts_stimg import PANEL
 from .genes_stimg import GeneVocabulary
-from .sampling_stimg import GENE_SELECTIONS, draw_corners, make_windows
+from .sample_units_stimg import draw_samples, sample_side, sample_spots
+from .sampling_stimg import GENE_SELECTIONS, make_windows
 from .slide_image_stimg import SlideImage, slide_image_from_adata, usable_device
 
 
@@ -78,6 +80,7 @@ class STPatchProcessorKwargs(ImagesKwargs, total=False):
     normalization: str
     target_sum: float | str
     min_observed: float
+    sample_unit: str
 
 
 class STPatchProcessor(BaseImageProcessor):
@@ -95,6 +98,8 @@ class STPatchProcessor(BaseImageProcessor):
             genes were measured: 10,000 times the share of all counts that the corpus expects from those genes (needs
             `share` in the vocabulary), so that their values are those of a whole transcriptome.
         min_observed: share of a drawn window's sites that should hold a spot.
+        sample_unit: which sites make a sample, as in the model's config. `"spot"` weighs genes by their variance over
+            the slide, because within one spot nothing varies.
 
     Raises:
         ValueError: an option outside its range, or statistics that the vocabulary lacks.
@@ -113,6 +118,7 @@ class STPatchProcessor(BaseImageProcessor):
         normalization: str = "log1p",
         target_sum: float | str = 1e4,
         min_observed: float = 0.2,
+        sample_unit: str = "patch",
         **kwargs: Any,
     ):
         known = set(STPatchProcessorKwargs.__annotations__)
@@ -129,6 +135,7 @@ class STPatchProcessor(BaseImageProcessor):
         self.normalization = normalization
         self.target_sum = target_sum
         self.min_observed = min_observed
+        self.sample_unit = sample_unit
         self._statistics: dict[tuple[str, torch.device], tuple[np.ndarray, torch.Tensor]] = {}
         self._check_options()
 
@@ -137,6 +144,7 @@ class STPatchProcessor(BaseImageProcessor):
             ("compaction", COMPACTIONS),
             ("gene_selection", GENE_SELECTIONS),
             ("normalization", tuple(NORMALIZATIONS)),
+            ("sample_unit", SAMPLE_UNITS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {allowed}.")
@@ -207,7 +215,8 @@ class STPatchProcessor(BaseImageProcessor):
         Args:
             image: from `slide_to_image`.
             num_windows: how many windows to draw (1 when neither this nor `windows` is given).
-            windows: (top, left) of every window, instead of drawing them.
+            windows: (top, left) of every window, instead of drawing them; of a `"multi_spot"` sample that of the window
+                in whose centre (`window_size // 2`) its spot stands.
             seed: int from 0.
             genes: names or vocabulary numbers that fix the channels, instead of selecting them for each window; those
                 that were not measured on the slide become padding.
@@ -234,17 +243,18 @@ class STPatchProcessor(BaseImageProcessor):
         if return_tensors != "pt" and device != "cpu" and usable_device(device).type != "cpu":
             raise ValueError(f'device is "{device}" and return_tensors {return_tensors!r}: expected "pt" there.')
         size = self.window_size if window_size is None else _whole_number("window_size", window_size, 1)
+        size = sample_side(image, self.sample_unit, size)
         corners = self._corners(image, num_windows, windows, size, seed, first_window)
         arrays = make_windows(
             image,
-            corners,
-            size,
+            sample_spots(image, self.sample_unit, corners, size),
             self.num_channels,
             self.gene_selection if gene_selection is None else gene_selection,
             seed,
             range(first_window, first_window + len(corners)),
             None if genes is None else self.gene_numbers(genes),
             device,
+            slide_variances=self.sample_unit == "spot",
         )
         arrays["pixel_values"] = self._normalize(arrays)
         if return_tensors != "pt":
@@ -263,7 +273,7 @@ class STPatchProcessor(BaseImageProcessor):
         if windows is None:
             count = 1 if num_windows is None else _whole_number("num_windows", num_windows, 0)
             numbers = range(first_window, first_window + count)
-            corners = draw_corners(image, size, self.min_observed, seed, numbers)
+            corners = draw_samples(image, self.sample_unit, size, self.min_observed, seed, numbers)
         else:
             if num_windows is not None:
                 raise ValueError("Both num_windows and windows are given: pass one of them.")
@@ -273,7 +283,8 @@ class STPatchProcessor(BaseImageProcessor):
             corners = [(top, left) for top, left in places.tolist()]
         if not corners:
             raise ValueError("No windows were asked for: num_windows or windows must give at least one.")
-        outside = [c for c in corners if not (0 <= c[0] < image.height and 0 <= c[1] < image.width)]
+        reach = size // 2 if self.sample_unit == "multi_spot" else 0
+        outside = [c for c in corners if not (0 <= c[0] + reach < image.height and 0 <= c[1] + reach < image.width)]
         if outside:
             raise ValueError(
                 f"Window corner {outside[0]} lies outside {image!r}: expected (top, left) within its sites."

@@ -58,8 +58,9 @@ def window_spots(image: SlideImage, corners: Sequence[tuple[int, int]], window_s
     """int64 (B, S, S): the spot at every site of the windows, -1 where it is empty or beyond the slide."""
     spots = np.full((len(corners), window_size, window_size), -1, dtype=np.int64)
     for window, (top, left) in zip(spots, corners, strict=True):
-        part = image.spot_grid[top : top + window_size, left : left + window_size]
-        window[: part.shape[0], : part.shape[1]] = part
+        above, before = max(-top, 0), max(-left, 0)
+        part = image.spot_grid[top + above : max(top + window_size, 0), left + before : max(left + window_size, 0)]
+        window[above : above + part.shape[0], before : before + part.shape[1]] = part
     return spots
 
 
@@ -128,27 +129,36 @@ def _lowest_of_row(cost: np.ndarray, count: int) -> np.ndarray:
     return few[lowest]
 
 
+def _slide_variances(image: SlideImage, device: str | torch.device) -> Any:
+    """float64 (1, vocabulary), array or tensor: variances over all spots of the slide, for every window alike."""
+    variances = image.gene_variances[None]
+    return variances if on_host(device) else torch.from_numpy(variances).to(device)
+
+
 # ---------------------------------------------------------------------------- the tensor
 
 
 def make_windows(
     image: SlideImage,
-    corners: Sequence[tuple[int, int]],
-    window_size: int,
+    spot_index: np.ndarray,
     num_channels: int,
     gene_selection: str,
     seed: int,
     windows: Sequence[int],
     genes: np.ndarray | None = None,
     device: str | torch.device = "cpu",
+    slide_variances: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Rasterise windows (Eq. 6) with genes drawn for each (Eq. 7), or with the given ones.
 
     Args:
-        corners: (top, left) of every window. windows: number of every window, for its noise.
+        spot_index: int64 (B, S, S), the spot at every site, -1 = empty (`window_spots`). windows: number of every
+            window, for its noise.
         genes: int64 (C,), vocabulary numbers that fix the channels and their order; those that were not measured on
             the slide become padding.
         device: where the slide's arrays lie, from the first call on, and where the windows are made.
+        slide_variances: weigh genes by their variance over the slide, not over the window: for windows of one spot,
+            within which nothing varies.
 
     Returns:
         The tensors of the processor's `BatchFeature`, values not yet normalised.
@@ -158,32 +168,33 @@ def make_windows(
     """
     if gene_selection not in GENE_SELECTIONS:
         raise ValueError(f"gene_selection is {gene_selection!r}: expected one of {GENE_SELECTIONS}.")
-    spot_index = window_spots(image, corners, window_size)
-    shape = len(corners), num_channels if genes is None else len(genes)
+    shape = len(spot_index), num_channels if genes is None else len(genes)
     measured = image.arrays(device).measured
     gene_ids = np.full(shape, image.pad_id)
     if genes is not None:
         gene_ids[:] = np.where(np.isin(genes, image.measured), genes, image.pad_id)
     in_numpy = on_host(device)
-    num_sites, at_once = window_size**2, 1
+    num_sites, at_once = spot_index.shape[1] * spot_index.shape[2], 1
     if not in_numpy:
         gene_ids = torch.from_numpy(gene_ids).to(device)
         fullest = num_sites * int(np.diff(image.indptr).max(initial=1))
         at_once = max(1, ENTRIES_AT_ONCE // max(fullest, image.pad_id))
     pixel_values = torch.zeros((shape[0] * shape[1] + 1) * num_sites, dtype=torch.float32, device=device)
-    for first in range(0, len(corners), at_once):
+    for first in range(0, len(spot_index), at_once):
         part = slice(first, first + at_once)
         spots = spot_index[part]
         entries = HostEntries(image, spots) if in_numpy else DeviceEntries(image, spots, device)
         if genes is None:
-            variances = entries.variances() if gene_selection != "random" else None
+            variances = None
+            if gene_selection != "random":
+                variances = _slide_variances(image, device) if slide_variances else entries.variances()
             chosen = select_genes(variances, measured, num_channels, gene_selection, seed, windows[part])
             gene_ids[part, : chosen.shape[1]] = chosen
-        entries.rasterize(gene_ids[part], pixel_values, first, len(corners))
+        entries.rasterize(gene_ids[part], pixel_values, first, len(spot_index))
     # -1 reads the last row, which is one more than there are spots.
     coordinates = np.concatenate([image.coordinates, np.zeros((1, 2), np.float32)])[spot_index]
     tensors = {
-        "pixel_values": pixel_values[:-num_sites].view(*shape, window_size, window_size),
+        "pixel_values": pixel_values[:-num_sites].view(*shape, *spot_index.shape[1:]),
         "gene_ids": torch.from_numpy(gene_ids) if in_numpy else gene_ids,
         "coordinates": torch.from_numpy(coordinates).to(device),
         "spot_index": torch.from_numpy(spot_index).to(device),

@@ -121,6 +121,13 @@ class SlideImage:
         levels = np.array([self.height, self.width])
         return (100.0 * sites / np.maximum(levels - 1, 1)).astype(np.float32)
 
+    @cached_property
+    def gene_variances(self) -> np.ndarray:
+        """float64 (vocabulary,): population variance of every gene's log1p values over all spots."""
+        genes, values = np.asarray(self.indices), np.asarray(self.values, dtype=np.float64)
+        mean, square = (np.bincount(genes, w, self.pad_id) / max(self.num_spots, 1) for w in (values, values**2))
+        return np.maximum(square - mean**2, 0)
+
     def admissible_corners(self, window_size: int, min_observed: float) -> np.ndarray:
         """Corners from which a training window may be drawn.
 

@@ -59,4 +59,4 @@ def test_length_and_its_ends(dataset: WindowDataset, images, processor):
     with pytest.raises(ValueError, match="at least one slide"):
         WindowDataset([], processor, 4)
     spots = sum(i.num_spots for i in images.values())
-    assert windows_per_epoch(list(images.values()), 6) == round(2 * spots / 36)
+    assert windows_per_epoch(list(images.values()), [6]) == round(2 * spots / 36)

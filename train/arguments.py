@@ -57,6 +57,10 @@ class CorpusArguments:
     coverage: float = field(
         default=2.0, metadata={"help": "How often an epoch covers every spot on average; sets windows per epoch."}
     )
+    window_sizes: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Sides to draw windows with instead of window_size, equally often, one side a step."},
+    )
     validation_slides: list[str] = field(
         default_factory=list,
         metadata={
@@ -102,6 +106,13 @@ class ModelArguments:
     hidden_dropout_prob: float = field(default=0.0, metadata={"help": "Dropout after attention and feed-forward."})
     mask_ratio: float = field(default=0.3, metadata={"help": "Share of entries (or sites) that is hidden."})
     mask_unit: str = field(default="entry", metadata={"help": "What is hidden: entry, site or mixed."})
+    sample_unit: str = field(
+        default="patch",
+        metadata={
+            "help": "Which sites make a sample: patch, a window; and for comparison spot, one site; multi_spot, a spot "
+            "and its 16 nearest; slice, the whole slide. An epoch is the same number of spots with all of them."
+        },
+    )
     position_embedding_type: str = field(
         default="window", metadata={"help": "Positions within the window, or on the slide: window or slide."}
     )

@@ -27,6 +27,7 @@ ARCHITECTURE = (
     "decoder_num_hidden_layers",
     "decoder_num_attention_heads",
     "decoder_intermediate_size",
+    "sample_unit",
     "position_embedding_type",
 )
 VALUES = ("compaction", "normalization", "target_sum")

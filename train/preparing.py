@@ -81,6 +81,7 @@ def processor_options(corpus: CorpusArguments, model: ModelArguments) -> dict[st
         "compaction": corpus.compaction,
         "gene_selection": corpus.gene_selection,
         "min_observed": corpus.min_observed,
+        "sample_unit": model.sample_unit,
     }
 
 

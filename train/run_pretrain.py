@@ -23,7 +23,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from data_processing.corpus import SlideRecord, save_pretraining
-from data_processing.window_dataset import WindowDataset, spots_of, windows_per_epoch
+from data_processing.window_dataset import WindowDataset, collate_windows, spots_of, windows_per_epoch
 from modeling_stimg import SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
 from modeling_stimg.embedding_stimg import embedding_options
 from modeling_stimg.host_memory import keep_freed_memory
@@ -92,7 +92,8 @@ def plan_steps(
 ) -> int:
     """Windows of the whole training; sets `training.max_steps`, so that every window is drawn once."""
     if training.max_steps <= 0:
-        windows = training.num_train_epochs * windows_per_epoch(images, model.window_size, corpus.coverage)
+        sizes = corpus.window_sizes or [model.window_size]
+        windows = training.num_train_epochs * windows_per_epoch(images, sizes, corpus.coverage, model.sample_unit)
         training.max_steps = max(1, math.ceil(windows / windows_a_step(training)))
     return training.max_steps * windows_a_step(training)
 
@@ -151,6 +152,8 @@ def check_arguments(corpus: CorpusArguments, training: PretrainingArguments) -> 
         raise ValueError(f"{given} were given: name slides with --slides, or a corpus with --corpus.")
     if corpus.corpus and corpus.exclude:
         raise ValueError("A corpus is trained on as a whole: leave slides out (--exclude) when it is built.")
+    if min(corpus.window_sizes, default=1) < 1:
+        raise ValueError(f"window_sizes is {corpus.window_sizes}: expected sides in sites, from 1.")
     if corpus.corpus and corpus.gene_table:
         raise ValueError("A corpus and a gene table were given: a corpus has its genes; leave --gene_table out.")
     if training.n_gpu > 1:
@@ -201,7 +204,9 @@ def make_trainer(
         held_out = WindowDataset(data.held_out_images, data.processor, corpus.validation_windows, VALIDATION_SEED)
     else:
         training.eval_strategy, training.load_best_model_at_end = "no", False
-    windows = WindowDataset(data.images, data.processor, num_windows, seed=training.seed)
+    windows = WindowDataset(
+        data.images, data.processor, num_windows, training.seed, corpus.window_sizes, windows_a_step(training)
+    )
     watch = FiniteWatch(
         windows, windows_a_step(training), training.gradient_accumulation_steps, Path(training.output_dir)
     )
@@ -210,6 +215,7 @@ def make_trainer(
         args=training,
         train_dataset=windows,
         eval_dataset=held_out,
+        data_collator=collate_windows,
         processing_class=data.processor,
         callbacks=[watch],
         on_loss=watch.on_loss,
