@@ -4,8 +4,8 @@ Every probe has the same call, `probe(features, labels, splits, seed)`:
 
 - features: float (n, d), one row per spot;
 - labels: int64 (n,), class numbers, negative where unlabelled; a split must not name such spots;
-- splits: pairs of int64 indices, training spots and test spots (`eval.splits`). For a probe across slides, stack the
-  slides' features and let a split train on one slide's rows and test on another's;
+- splits: pairs of int64 indices, training spots and test spots (`data_processing.splits`). For a probe across slides,
+  stack the slides' features and let a split train on one slide's rows and test on another's;
 - seed: of the probe's own randomness; same input, same predictions.
 
 It returns one int64 array per split: the predicted class of that split's test spots, in the split's order.
@@ -25,7 +25,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from eval.splits import Split
+from data_processing.splits import Split
 
 NUM_NEIGHBOURS = 10
 HIDDEN_SIZES = (512, 256, 128)
@@ -136,11 +136,11 @@ def _checked(features: np.ndarray, labels: np.ndarray, splits: Sequence[Split]) 
     if features.ndim != 2 or labels.shape != (len(features),):
         raise ValueError(f"features {features.shape} and labels {labels.shape}: expected (n, d) and (n,)")
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"labels are {labels.dtype}, expected class numbers: see eval.splits.encode_labels")
+        raise ValueError(f"labels are {labels.dtype}, expected class numbers: see data_processing.splits.encode_labels")
     if not np.isfinite(features).all():
         raise ValueError("features hold NaN or infinite values: every spot needs an embedding")
     if not splits:
-        raise ValueError("no splits: see eval.splits.spot_splits")
+        raise ValueError("no splits: see data_processing.splits.spot_splits")
     for split_index, (train, test) in enumerate(splits):
         if not len(train) or not len(test):
             raise ValueError(f"split {split_index} has {len(train)} training and {len(test)} test spots: needs both")

@@ -29,11 +29,11 @@ from data_processing.corpus import (
     slide_images,
     slide_patient,
 )
+from data_processing.splits import encode_labels, slide_labels, spot_splits
 from eval.baselines.expression import baseline_features
 from eval.probes import PROBES, score
 from eval.report import plot_ari, write_report
 from eval.results import run_metadata
-from eval.splits import encode_labels, slide_labels, spot_splits
 from modeling_stimg import SlideImage, STImageMAEModel, STPatchProcessor
 from modeling_stimg.plotting import plot_maps
 

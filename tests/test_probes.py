@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from data_processing.splits import spot_splits
 from eval.probes import HIDDEN_SIZES, PROBES, _generator, _init_mlps, _train_mlps, mlp_probe, score
-from eval.splits import spot_splits
 
 
 def _blobs(num_spots=90, num_features=12, distance=2.0, seed=0):

@@ -1,10 +1,14 @@
 """Sample units: which sites a sample holds, that every spot is covered, and that training and embedding work alike."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_pretraining import train_here
 
 from data_processing.window_dataset import WindowDataset, collate_windows, windows_per_epoch
 from modeling_stimg import STImageMAEForPreTraining, STPatchProcessor
@@ -155,3 +159,14 @@ def test_model_and_processor_of_different_units_are_refused(images, processor, c
         model_of_unit(config, "spot").embed(images["square"], processor)
     with pytest.raises(ValueError, match="sample_unit is 'cell'"):
         of_unit(processor, "cell")
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_unit_is_pretrained_by_the_command(small_config: Path, tmp_path: Path, unit: str):
+    sizes = {"window_sizes": [4, 7]} if unit == "patch" else {}
+    folder = train_here(small_config, tmp_path / "model", sample_unit=unit, max_steps=3, **sizes)
+    processor = STPatchProcessor.from_pretrained(folder)
+    model = STImageMAEForPreTraining.from_pretrained(folder)
+    assert processor.sample_unit == model.config.sample_unit == unit
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert all(np.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)

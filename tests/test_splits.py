@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.splits import encode_labels, slide_labels, spot_splits
+from data_processing.splits import encode_labels, slide_labels, spot_splits
 
 
 def _labels(num_labelled: int, num_unlabelled: int, seed: int = 0) -> np.ndarray:

@@ -18,6 +18,7 @@ from train.checkpoints import checkpoint_folders
 from train.trainer import kept_randomness
 
 MAX_NAMED_SLIDES = 12
+NUM_NEIGHBOURS = 10
 
 
 class NotFiniteError(ValueError):
@@ -106,7 +107,7 @@ def read_probe_slides(arguments: ProbeArguments, processor: STPatchProcessor) ->
         ImportError: no scikit-learn. ValueError: a slide without labels.
     """
     try:
-        from eval.splits import encode_labels, slide_labels, spot_splits
+        from data_processing.splits import encode_labels, slide_labels, spot_splits
     except ImportError as error:
         raise ImportError("probe_slides need scikit-learn: pip install 'stimg[eval]'.") from error
     found = []
@@ -122,14 +123,16 @@ def read_probe_slides(arguments: ProbeArguments, processor: STPatchProcessor) ->
 
 
 def probe_ari(model: Any, processor: STPatchProcessor, slides: Sequence[ProbeSlide]) -> float:
-    """Adjusted Rand index of a 10-NN probe on a frozen model's embeddings, mean over splits, then over slides."""
-    from eval.probes import knn_probe, score
+    """Adjusted Rand index of a 10-NN probe on a frozen model's embeddings, mean over splits and slides."""
+    from sklearn.metrics import adjusted_rand_score
+    from sklearn.neighbors import KNeighborsClassifier
 
     values = []
     for slide in slides:
         features = model.embed(slide.image, processor)[slide.image.spot_of_obs]
-        predictions = knn_probe(features, slide.labels, slide.splits, seed=0)
-        values.append(score(slide.labels, predictions, slide.splits)["ari"][0])
+        for train, test in slide.splits:
+            probe = KNeighborsClassifier(NUM_NEIGHBOURS).fit(features[train], slide.labels[train])
+            values.append(adjusted_rand_score(slide.labels[test], probe.predict(features[test])))
     return float(np.mean(values))
 
 
