@@ -35,8 +35,9 @@ class STImageMAEConfig(PreTrainedConfig):
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size
             (`int`): The decoder, used in pretraining and reconstruction alone.
         mask_ratio (`float`): Share of a window's maskable entries (or sites) that pretraining hides.
-        mask_unit (`str`): `"entry"` hides single (site, gene) entries; `"site"` hides whole sites; `"mixed"` hides
-            `mask_ratio` of the sites and then `mask_ratio` of the entries at the sites that are left.
+        mask_unit (`str`): `"entry"` hides single (site, gene) entries; `"site"` hides whole sites, which the encoder
+            then leaves out; `"mixed"` hides `mask_ratio` of the sites and then `mask_ratio` of the entries at the sites
+            that are left, and hidden sites enter as mask tokens, so that they can be read from their surroundings.
         position_embedding_type (`str`): `"window"` encodes a site's row and column within its window; `"slide"` its
             `coordinates` on the slide, 0 to 100 an axis. Both are fixed 2-D sine-cosine codes.
         embedding_defaults (`dict`, *optional*): What `embed_slide` does when not told: any of `stride`, `readout`,
