@@ -36,8 +36,9 @@ class STImageMAEConfig(PreTrainedConfig):
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size
             (`int`): The decoder, used in pretraining and reconstruction alone.
         mask_ratio (`float`): Share of a window's maskable entries (or sites) that pretraining hides.
-        mask_unit (`str`): `"entry"` hides single (site, gene) entries; `"site"` hides whole sites; `"mixed"` hides
-            `mask_ratio` of the sites and then `mask_ratio` of the entries at the sites that are left.
+        mask_unit (`str`): `"entry"` hides single (site, gene) entries; `"site"` hides whole sites, which the encoder
+            then leaves out; `"mixed"` hides `mask_ratio` of the sites and then `mask_ratio` of the entries at the sites
+            that are left, and hidden sites enter as mask tokens, so that they can be read from their surroundings.
         sample_unit (`str`): Which sites the model sees at a time: `"patch"`, a window; `"spot"`, one; `"multi_spot"`, a
             spot and its 16 nearest; `"slice"`, the whole slide. The last three are baselines of the first.
         position_embedding_type (`str`): `"window"` encodes a site's row and column within its window; `"slide"` its

@@ -33,7 +33,7 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
     """What `embed_image` will do: the given options, then `config.embedding_defaults`, then the general defaults.
 
     Raises:
-        ValueError: an unknown option or one outside its range.
+        ValueError: an unknown option, one outside its range, or a readout that the model cannot give.
     """
     options = {
         "stride": max(processor.window_size // 2, 1),
@@ -49,6 +49,11 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
         options.update({k: v for k, v in source.items() if v is not None})
     if options["readout"] not in READOUTS:
         raise ValueError(f"readout is {options['readout']!r}: expected one of {READOUTS}.")
+    if options["readout"] != "spot" and model.config.mask_unit == "site":
+        raise ValueError(
+            f'readout is "{options["readout"]}", which reads masked sites, but with mask_unit="site" these never enter '
+            'the encoder: train with "mixed", or read "spot".'
+        )
     for name, least in (("stride", 1), ("num_gene_draws", 1), ("smoothing", 0)):
         if options[name] < least:
             raise ValueError(f"{name} is {options[name]}: expected an integer from {least}.")
@@ -84,7 +89,8 @@ def embed_image(
         model: an `STImageMAEModel` or `STImageMAEForPreTraining`. processor: its processor.
         stride: sites between neighbouring windows; half a window when neither given nor a default of the model.
         readout: `"spot"`: the spot is seen. `"context"`: a quarter of the sites is masked at a time, so that each is
-            masked once, and read where it is masked: what the surroundings say about the spot. `"both"`: side by side.
+            masked once, and read where it is masked: what the surroundings say about the spot. Trained by
+            `mask_unit="mixed"`; impossible with `"site"`. `"both"`: side by side.
         gene_selection: how a window's genes are chosen, as in the processor.
         num_gene_draws: how often each window is read, with genes drawn anew.
         smoothing: radius in sites of a final mean over the square around each spot; 0 = none.
@@ -118,7 +124,7 @@ def embed_image(
     if options["readout"] != "spot" and model.config.mask_unit == "entry":
         logger.warning_once(
             f'readout="{options["readout"]}" reads masked sites, which a model trained with mask_unit="entry" has not '
-            'met: train with "site" or "mixed", or read "spot".'
+            'met: train with "mixed", or read "spot".'
         )
     encoder = model.base_model
     where = encoder.device if device is None else usable_device(device)

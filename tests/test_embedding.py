@@ -184,6 +184,14 @@ def test_bad_options_get_one_clear_sentence(images, processor, model, options: d
         model.embed(images["square"], processor, **options)
 
 
+@pytest.mark.parametrize("readout", ["context", "both"])
+def test_context_is_refused_where_masked_sites_never_enter_the_encoder(images, processor, model, readout: str):
+    model.config.mask_unit = "site"
+    with pytest.raises(ValueError, match='train with "mixed", or read "spot"'):
+        model.embed(images["square"], processor, readout=readout)
+    assert np.isfinite(model.embed(images["square"], processor)).all()
+
+
 def test_unknown_defaults_are_refused(images, processor, model: STImageMAEForPreTraining):
     model.config.embedding_defaults = {"strid": 2}
     with pytest.raises(ValueError, match=r"Unknown embedding options \['strid'\]"):

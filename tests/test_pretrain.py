@@ -152,6 +152,7 @@ def test_command_line_wins_over_the_file_and_the_start_is_kept(trained: Path, co
         (["--exclude", "squares"], "Excluded slides ['squares'] are not among"),
         (["--mask_unit", "gene"], "mask_unit is 'gene'"),
         (["--embedding_defaults", '{"strid": 4}'], "Unknown embedding options ['strid']"),
+        (["--mask_unit", "site", "--embedding_defaults", '{"readout": "both"}'], 'train with "mixed"'),
         (["--no_such_field", "1"], "no_such_field"),
     ],
 )

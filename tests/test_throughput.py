@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from eval.throughput import PeakMemory, binned_phantom, textbook_window, window_non_zeros
+from eval.training_throughput import VIT_MAE, StepSizes, build_model, full_windows, step_multiplications
 from modeling_stimg import STPatchProcessor
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +102,48 @@ def test_half_a_million_bins_are_embedded_in_6_gb(tmp_path: Path):
     assert record["embedding"] == [500_000, 128]
     assert record["finite"]
     assert record["csr_gb"] < record["peak_gb"] < 6
+
+
+TINY = ("--window-size", 4, "--num-channels", 16, "--num-genes", 60, "--hidden-size", 64, "--num-layers", 1)
+
+
+def test_training_benchmark_runs_from_the_command_line(tmp_path: Path):
+    options = ("--batch-size", 2, "--num-rounds", 3, "--num-batches", 2, "--num-workers", 0)
+    run = run_script("run_throughput.py", "training", "--output-dir", tmp_path, *TINY, *options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    steps = {r["model"]: r for r in results["records"] if "model" in r}
+    assert list(steps) == ["vit_mae", "entry", "site", "mixed"]
+    assert steps["vit_mae"]["step_ratio"] == 1
+    assert all(r["forward_backward_ratio"] > 0 for r in steps.values())
+    ready, made = (r for r in results["records"] if "source" in r)
+    assert ready["of_ready_made"] == 1
+    assert 0 < made["wait_share"] < 1
+    assert results["metadata"]["batch_size"] == 2
+    table = (tmp_path / "table.md").read_text()
+    assert f"{steps['site']['step_ratio']:.2f}" in table
+    assert f"{made['wait_share']:.1%}" in table
+
+
+def test_both_models_of_the_training_benchmark_have_the_same_transformer():
+    sizes = StepSizes(batch_size=2, window_size=4, num_channels=16, num_genes=60, hidden_size=64, num_layers=2)
+    theirs, ours = (build_model(name, sizes, "sdpa") for name in (VIT_MAE, "site"))
+    counts = [
+        (sum(p.numel() for p in encoder.layers.parameters()), sum(p.numel() for p in layers.parameters()))
+        for encoder, layers in ((theirs.vit, theirs.decoder.decoder_layers), (ours.stimg, ours.decoder.layers))
+    ]
+    assert counts[0] == counts[1]
+    batch = full_windows(sizes, seed=0)
+    assert batch["pixel_mask"].all()
+    assert all(len(set(ids)) == 16 for ids in batch["gene_ids"].tolist())
+    assert step_multiplications(sizes, "site") < step_multiplications(sizes, "entry")
+
+
+@LINUX
+def test_training_memory_benchmark_runs_from_the_command_line(tmp_path: Path):
+    options = ("--batch-size", 2, "--large-window", 8)
+    run = run_script("run_throughput.py", "training-memory", "--output-dir", tmp_path, *TINY, *options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    records = json.loads((tmp_path / "results.json").read_text())["records"]
+    assert [(r["batch_size"], r["window_size"]) for r in records] == [(2, 4), (1, 8)]
+    assert all(0 < r["growth_gb"] < r["peak_gb"] for r in records)
