@@ -103,3 +103,21 @@ def small_model(small_config: Path) -> Path:
     from small_pretraining import train_here
 
     return train_here(small_config, small_config.parent / "model")
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory, tissue: PhantomTissue) -> Path:
+    """A corpus of three slides, s0 to s2, with gene vectors."""
+    from data_processing.build_corpus import main
+
+    folder = tmp_path_factory.mktemp("small_corpus")
+    (folder / "slides").mkdir()
+    for number in range(3):
+        adata = tissue.slide(number, array="square", height=12, width=12, median_counts=300)
+        adata.write_h5ad(folder / "slides" / f"s{number}.h5ad")
+    genes = "".join(f"{gene}\t{gene}\n" for gene in adata.var_names)
+    (folder / "genes.tsv").write_text(f"gene_id\tgene_name\n{genes}")
+    arguments = ["--slides", str(folder / "slides"), "--output", str(folder / "corpus")]
+    arguments += ["--gene_table", str(folder / "genes.tsv"), "--min_counts", "60", "--min_genes", "60", "--rank", "32"]
+    assert main(arguments) == 0
+    return folder / "corpus"

@@ -50,6 +50,7 @@ def pair(small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes with batches of 4 each, saving now and then."""
     output = tmp_path_factory.mktemp("pair") / "model"
     fields = {**STEPS, **SAVING, "per_device_train_batch_size": 4}
+    fields |= {"probe_slides": str(small_config.parent / "slides" / "square.h5ad"), "probe_steps": 10}
     told = finish(start(*launch_words(), *command_line(small_config, output, **fields)))
     assert "24 steps, 192 windows in 2 processes." in told
     assert told.count("The model is in") == 1
@@ -58,6 +59,7 @@ def pair(small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_train_what_one_does(alone: Path, pair: Path):
     assert np.allclose(logged_values(pair, "loss"), logged_values(alone, "loss"), rtol=1e-5)
+    assert len(logged_values(pair, "probe_ari")) == 4, "the first process probed, the other did not wait for ever"
     assert np.allclose(logged_values(pair, "grad_norm"), logged_values(alone, "grad_norm"), rtol=1e-4)
     assert 0 < largest_difference(pair, alone) < TOLERANCE, "equal bits would mean that nothing was split"
 

@@ -218,6 +218,12 @@ class PretrainingArguments(TrainingArguments):
         if self.logging_nan_inf_filter:
             raise ValueError("logging_nan_inf_filter is on: it would hide a loss that is not finite; leave it out.")
 
+    @property
+    def windows_a_step(self) -> int:
+        """Windows of all processes and accumulation steps."""
+        # `train_batch_size` is the batch of a process, over all its devices.
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
 
 def parse_arguments(
     argv: Sequence[str] | None = None,

@@ -158,15 +158,23 @@ class ProbeCallback(TrainerCallback):
         self.steps = steps
         self.log = log
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         if state.global_step == 0:
-            self._probe(state, model)
+            self._probe(state, control, model)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
-            self._probe(state, model)
+            self._probe(state, control, model)
 
-    def _probe(self, state: TrainerState, model: Any) -> None:
+    def _probe(self, state: TrainerState, control: TrainerControl, model: Any) -> None:
         if state.is_world_process_zero:
+            due = control.should_log
             with kept_randomness():
                 self.log({"probe_ari": probe_ari(model, self.processor, self.slides)})
+            # To log anything counts as having logged the step. The loss is still to come, and the other processes,
+            # which have not probed, are going to gather it.
+            control.should_log = due

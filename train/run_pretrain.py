@@ -8,7 +8,6 @@ under `untrained/` the model at step 0, against which an evaluation measures wha
 The same command again goes on from the last whole checkpoint, to the same weights as without the interruption.
 """
 
-import dataclasses
 import math
 import os
 import sys
@@ -32,19 +31,15 @@ from train.arguments import CorpusArguments, ModelArguments, PretrainingArgument
 from train.callbacks import FiniteWatch, ProbeCallback, ProbeSlide, read_probe_slides
 from train.checkpoints import checkpoint_to_resume, remove_checkpoints, saving
 from train.continuing import Parent, extend_model, load_parent
-from train.model_card import CardFacts, write_card
+from train.model_card import write_card
 from train.preparing import Prepared, gene_vectors, prepare
+from train.provenance import card_facts, deciding_arguments, lineage, told_arguments
 from train.trainer import PretrainTrainer
 
 logger = logging.get_logger("stimg")
 
 # Of the held-out windows; the same in every run, so that losses of runs over one set of slides can be compared.
 VALIDATION_SEED = 20_260
-# What of the training arguments decides the result, beside the slides, the model and the windows of a step.
-DECIDING = (
-    *("seed", "max_steps", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
-    *("optim_args", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16"),
-)
 
 
 def build_model(
@@ -81,12 +76,6 @@ def start_gene_embeddings(model: STImageMAEForPreTraining, vectors: np.ndarray) 
         table[: len(start)][moving] = start[moving] * scale
 
 
-def windows_a_step(training: PretrainingArguments) -> int:
-    """Windows of all processes and accumulation steps."""
-    # `train_batch_size` is the batch of a process, over all its devices.
-    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-
-
 def plan_steps(
     images: Sequence[SlideImage], corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments
 ) -> int:
@@ -94,8 +83,8 @@ def plan_steps(
     if training.max_steps <= 0:
         sizes = corpus.window_sizes or [model.window_size]
         windows = training.num_train_epochs * windows_per_epoch(images, sizes, corpus.coverage, model.sample_unit)
-        training.max_steps = max(1, math.ceil(windows / windows_a_step(training)))
-    return training.max_steps * windows_a_step(training)
+        training.max_steps = max(1, math.ceil(windows / training.windows_a_step))
+    return training.max_steps * training.windows_a_step
 
 
 def use_cpu_well(training: PretrainingArguments) -> None:
@@ -106,43 +95,6 @@ def use_cpu_well(training: PretrainingArguments) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(training.num_cpu_threads or max(share, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-
-
-def told_arguments(
-    corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments, num_windows: int
-) -> dict[str, Any]:
-    """What a reader of the checkpoint should know of its training; no paths, which mean nothing elsewhere."""
-    paths = {"slides", "corpus", "gene_table", "init_from"}
-    told = ("max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16", "fp16")
-    fields = {**dataclasses.asdict(corpus), **dataclasses.asdict(model)}
-    return {
-        **{k: v for k, v in fields.items() if k not in paths},
-        **{k: v for k, v in training.to_dict().items() if k in told},
-        "num_windows": num_windows,
-    }
-
-
-def deciding_arguments(
-    corpus: CorpusArguments,
-    model: ModelArguments,
-    training: PretrainingArguments,
-    data: Prepared,
-    parent: Parent | None,
-) -> dict[str, Any]:
-    """What the weights depend on. How the windows of a step are spread over processes is not among it."""
-    # Paths say nothing of their content, which is told below; these say how much to train, which max_steps tells.
-    left_out = {"slides", "corpus", "gene_table", "exclude", "coverage", "validation_slides", "validation_windows"}
-    fields = {**dataclasses.asdict(corpus), **model.config_fields()}
-    return {
-        **{k: v for k, v in fields.items() if k not in left_out},
-        **{k: v for k, v in training.to_dict().items() if k in DECIDING},
-        "singular_start": model.singular_start,
-        "freeze_gene_embeddings": model.freeze_gene_embeddings,
-        "init_from": None if parent is None else parent.sha256,
-        "windows_a_step": windows_a_step(training),
-        "training_slides": [[record.name, record.num_spots] for record in data.records],
-        "genes": data.processor.vocabulary.ids_sha256,
-    }
 
 
 def check_arguments(corpus: CorpusArguments, training: PretrainingArguments) -> None:
@@ -179,17 +131,6 @@ def save_start(
         save_pretraining(start, seen, told)
 
 
-def lineage(data: Prepared, parent: Parent | None) -> tuple[list[SlideRecord], dict[str, Any]]:
-    """Every slide that the model saw, a parent's among them, and what else `pretraining.json` tells of slides."""
-    own = {record.name for record in data.records}
-    inherited = [] if parent is None else [record for record in parent.seen if record.name not in own]
-    told: dict[str, Any] = {"validation_slides": [dataclasses.asdict(record) for record in data.held_out_records]}
-    if parent is not None:
-        slides = None if parent.slides is None else [record.name for record in parent.slides]
-        told["parent"] = {"name": parent.name, "slides": slides}
-    return [*data.records, *inherited], told
-
-
 def make_trainer(
     model: STImageMAEForPreTraining,
     data: Prepared,
@@ -205,10 +146,10 @@ def make_trainer(
     else:
         training.eval_strategy, training.load_best_model_at_end = "no", False
     windows = WindowDataset(
-        data.images, data.processor, num_windows, training.seed, corpus.window_sizes, windows_a_step(training)
+        data.images, data.processor, num_windows, training.seed, corpus.window_sizes, training.windows_a_step
     )
     watch = FiniteWatch(
-        windows, windows_a_step(training), training.gradient_accumulation_steps, Path(training.output_dir)
+        windows, training.windows_a_step, training.gradient_accumulation_steps, Path(training.output_dir)
     )
     return PretrainTrainer(
         model=model,
@@ -295,28 +236,6 @@ def add_probe(
         raise ValueError("probe_slides cannot be used with FSDP, where no process holds the model: leave them out.")
     if slides:
         trainer.add_callback(ProbeCallback(slides, processor, probe.probe_steps, trainer.log))
-
-
-def card_facts(
-    training: PretrainingArguments,
-    model: STImageMAEForPreTraining,
-    data: Prepared,
-    probe_slides: Sequence[ProbeSlide],
-    parent: Parent | None,
-    arguments: dict[str, Any],
-) -> CardFacts:
-    """What the model card tells of a run before it starts."""
-    return CardFacts(
-        name=training.hub_model_id or Path(training.output_dir).name,
-        config=model.config,
-        processor=data.processor,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        records=data.records,
-        held_out=data.held_out_records,
-        probed=[slide.image.name for slide in probe_slides],
-        parent=None if parent is None else (parent.name, parent.slides),
-        arguments=arguments,
-    )
 
 
 def tell_start(
