@@ -159,6 +159,7 @@ class STPatchProcessorTest(ImageProcessingTestMixin, unittest.TestCase):
             "normalization": "log1p",
             "target_sum": 1e3,
             "min_observed": 0.1,
+            "sample_unit": "slice",
         }
         own = STPatchProcessor.valid_kwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
         assert changed.keys() == own
