@@ -212,13 +212,14 @@ def training(
     keep_memory = keep_memory and setting.device == "cpu" and keep_freed_memory()
     steps = measure_steps(mask_unit, sizes, setting, fused, num_rounds, seed)
     loading = measure_loading(mask_unit[0], sizes, setting, fused, num_batches, num_workers, peak_tflops, seed)
-    header = ["model", "parameters", "forward + backward", "ratio", "optimiser", "step", "ratio"]
+    header = ["model", "parameters", "forward + backward", "ratio", "CPU time's", "optimiser", "step", "ratio"]
     rows = [
         [
             r["model"],
             f"{r['parameters'] / 1e6:.1f} M",
             f"{r['forward_backward_ms']:.2f} ms",
             f"{r['forward_backward_ratio']:.2f}",
+            f"{r['forward_backward_cpu_ratio']:.2f}",
             f"{r['optimizer_ms']:.2f} ms",
             f"{r['step_ms']:.2f} ms",
             f"{r['step_ratio']:.2f}",
