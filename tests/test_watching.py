@@ -303,6 +303,7 @@ def test_view_of_a_corpus_opens_what_it_shows(small_corpus: Path):
         ({"resume_from_checkpoint": "elsewhere"}, "a run goes on from its own output_dir"),
         ({"logging_nan_inf_filter": "true"}, "would hide a loss that is not finite"),
         ({"probe_steps": 0}, "probe_steps is 0"),
+        ({"report_to": "nonsuch"}, "nonsuch is not supported, only"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_written(
@@ -310,6 +311,13 @@ def test_what_cannot_be_is_told_before_anything_is_written(
 ):
     with pytest.raises(ValueError, match=message):
         train_corpus(small_config, tmp_path / "m", corpus=small_corpus, **fields)
+    assert not (tmp_path / "m").exists()
+
+
+def test_reporting_to_what_is_not_installed_is_one_sentence(small_config: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    with pytest.raises(ImportError, match=r"report_to is .*tensorboard.* requires tensorboard to be installed"):
+        train_here(small_config, tmp_path / "m", report_to="tensorboard")
     assert not (tmp_path / "m").exists()
 
 

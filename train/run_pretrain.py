@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from data_processing.corpus import SlideRecord, save_pretraining
@@ -119,6 +120,15 @@ def check_arguments(corpus: CorpusArguments, training: PretrainingArguments) -> 
         )
 
 
+def check_reporting(training: PretrainingArguments) -> None:
+    """Stop where a run would report to something that is not installed."""
+    for callback in get_reporting_integration_callbacks(training.report_to):
+        try:
+            callback()
+        except RuntimeError as error:
+            raise ImportError(f"report_to is {training.report_to}: {error}") from error
+
+
 def save_start(
     output: Path, model: STImageMAEForPreTraining, processor: STPatchProcessor, seen: Sequence[SlideRecord], told: dict
 ) -> None:
@@ -192,6 +202,7 @@ def save_results(
 def main(argv: list[str] | None = None) -> None:
     corpus, model_arguments, probe, training = parse_arguments(argv)
     check_arguments(corpus, training)
+    check_reporting(training)
     use_cpu_well(training)
     main_process = training.process_index == 0
     parent = None if model_arguments.init_from is None else load_parent(model_arguments.init_from)
