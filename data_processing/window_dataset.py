@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from modeling_stimg import SlideImage, STPatchProcessor
 from modeling_stimg.noise_stimg import mask_noise, window_uniforms
-from modeling_stimg.sample_units_stimg import spots_of_samples
+from modeling_stimg.sample_units_stimg import draw_samples, sample_side, sample_spots, spots_of_samples
 
 # Axes of the sites, by name of the tensor.
 _SITE_AXES = {"pixel_values": (1, 2), "noise": (1, 2), "pixel_mask": (0, 1), "coordinates": (0, 1)}
@@ -96,8 +96,7 @@ class WindowDataset(Dataset):
 
     def slide_of(self, index: int) -> SlideImage:
         """The slide from which item `index` is drawn."""
-        uniform, _ = window_uniforms(self.seed, index)
-        return self.images[int(np.searchsorted(self._area, uniform * self._area[-1], side="right"))]
+        return self.images[self._slide_number(index)]
 
     def window_size_of(self, index: int) -> int:
         """The side of item `index`."""
@@ -106,6 +105,36 @@ class WindowDataset(Dataset):
         step = index // self.windows_a_step
         # A third number, lest it be the draw of a window.
         return int(np.random.default_rng([self.seed, step, 1]).choice(self.window_sizes))
+
+    def spots_of_items(self, start: int, stop: int) -> np.ndarray:
+        """int64 (stop - start,): spots that stand in items `start` to `stop`, which need not lie within the length.
+
+        Windows are placed for it, and nothing of them is read.
+        """
+        by_place: dict[tuple[int, int], list[int]] = {}
+        for index in range(start, stop):
+            by_place.setdefault((self._slide_number(index), self.window_size_of(index)), []).append(index)
+        spots = np.zeros(stop - start, dtype=np.int64)
+        unit = self.processor.sample_unit
+        for (slide, size), indices in by_place.items():
+            image = self.images[slide]
+            if unit in ("spot", "slice"):
+                spots[np.array(indices) - start] = 1 if unit == "spot" else image.num_spots
+                continue
+            side = sample_side(image, unit, size)
+            corners = draw_samples(image, unit, side, self.processor.min_observed, self.seed, indices)
+            occupied = sample_spots(image, unit, corners, side) >= 0
+            spots[np.array(indices) - start] = occupied.reshape(len(indices), -1).sum(-1)
+        return spots
+
+    def num_spots(self, at_a_time: int = 10_000) -> int:
+        """Spots in all items, repetitions counted: the budget of a training."""
+        starts = range(0, self.num_windows, at_a_time)
+        return sum(int(self.spots_of_items(i, min(i + at_a_time, self.num_windows)).sum()) for i in starts)
+
+    def _slide_number(self, index: int) -> int:
+        uniform, _ = window_uniforms(self.seed, index)
+        return int(np.searchsorted(self._area, uniform * self._area[-1], side="right"))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.num_windows:

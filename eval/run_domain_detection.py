@@ -21,17 +21,11 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
 
-from data_processing.corpus import (
-    SlideRecord,
-    find_slides,
-    load_pretraining,
-    read_slides,
-    slide_images,
-    slide_patient,
-)
+from data_processing.corpus import find_slides, load_pretraining, read_slides, slide_images
 from data_processing.splits import encode_labels, slide_labels, spot_splits
 from eval.baselines.expression import baseline_features
 from eval.probes import PROBES, score
+from eval.provenance import seen
 from eval.report import plot_ari, write_report
 from eval.results import run_metadata
 from modeling_stimg import SlideImage, STImageMAEModel, STPatchProcessor
@@ -120,18 +114,6 @@ def probe_features(features: dict[str, np.ndarray], labels: np.ndarray, argument
             record |= {metric: mean, f"{metric}_sd": deviation}
         records.append(record)
     return records
-
-
-def seen(name: str, adata: AnnData, corpus: list[SlideRecord] | None) -> str:
-    """What the model saw of this slide in pretraining, by the `pretraining.json` beside its weights."""
-    if corpus is None:
-        return "not told"
-    if any(record.name == name for record in corpus):
-        return "transductive"
-    patient = slide_patient(adata)
-    if patient and any(record.patient == patient for record in corpus):
-        return "same patient"
-    return "unseen patient" if patient and all(record.patient for record in corpus) else "patient not told"
 
 
 def k_means(features: np.ndarray, labels: np.ndarray, classes: list[str], seed: int) -> np.ndarray:

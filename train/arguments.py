@@ -163,7 +163,7 @@ class ProbeArguments:
 
 @dataclass
 class PretrainingArguments(TrainingArguments):
-    """Hugging Face training arguments with defaults for this model; `max_steps` wins over `num_train_epochs`."""
+    """Hugging Face training arguments with defaults for this model; `max_steps` and `max_spots` win over epochs."""
 
     output_dir: str | None = field(default="runs/pretrain", metadata={"help": "Where checkpoints and the model go."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
@@ -172,6 +172,13 @@ class PretrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Windows a device and step."})
     num_train_epochs: float = field(default=40.0, metadata={"help": "Epochs; an epoch is `coverage` of the corpus."})
+    max_spots: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train until this many spots have stood in windows, repetitions counted, instead of for epochs or "
+            "steps: the same budget for all sample units."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: windows are dicts."})
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "Windows are drawn independently, so their order needs no shuffling."}
@@ -215,6 +222,11 @@ class PretrainingArguments(TrainingArguments):
                 f"resume_from_checkpoint is {self.resume_from_checkpoint!r}: a run goes on from its own output_dir by "
                 "itself; to go on from another model, give --init_from."
             )
+        if self.max_spots is not None and (self.max_steps > 0 or self.max_spots < 1):
+            given = f"max_spots is {self.max_spots}" + (
+                f" beside max_steps {self.max_steps}" if self.max_steps > 0 else ""
+            )
+            raise ValueError(f"{given}: expected a whole number from 1, or max_steps, and not both.")
         if self.logging_nan_inf_filter:
             raise ValueError("logging_nan_inf_filter is on: it would hide a loss that is not finite; leave it out.")
 

@@ -21,9 +21,17 @@ DECIDING = (
 
 
 def told_arguments(
-    corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments, num_windows: int
+    corpus: CorpusArguments,
+    model: ModelArguments,
+    training: PretrainingArguments,
+    num_windows: int,
+    num_spots_seen: int,
 ) -> dict[str, Any]:
-    """What a reader of the checkpoint should know of its training; no paths, which mean nothing elsewhere."""
+    """What a reader of the checkpoint should know of its training; no paths, which mean nothing elsewhere.
+
+    Args:
+        num_windows: of the whole training. num_spots_seen: in these windows, repetitions counted.
+    """
     paths = {"slides", "corpus", "gene_table", "init_from"}
     told = ("max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16", "fp16")
     fields = {**dataclasses.asdict(corpus), **dataclasses.asdict(model)}
@@ -31,6 +39,7 @@ def told_arguments(
         **{k: v for k, v in fields.items() if k not in paths},
         **{k: v for k, v in training.to_dict().items() if k in told},
         "num_windows": num_windows,
+        "num_spots_seen": num_spots_seen,
     }
 
 

@@ -32,7 +32,7 @@ from train.arguments import CorpusArguments, ModelArguments, PretrainingArgument
 from train.callbacks import FiniteWatch, ProbeCallback, ProbeSlide, read_probe_slides
 from train.checkpoints import checkpoint_to_resume, remove_checkpoints, saving
 from train.continuing import Parent, extend_model, load_parent
-from train.model_card import write_card
+from train.model_card import CardFacts, write_card
 from train.preparing import Prepared, gene_vectors, prepare
 from train.provenance import card_facts, deciding_arguments, lineage, told_arguments
 from train.trainer import PretrainTrainer
@@ -77,15 +77,37 @@ def start_gene_embeddings(model: STImageMAEForPreTraining, vectors: np.ndarray) 
         table[: len(start)][moving] = start[moving] * scale
 
 
+def training_windows(
+    data: Prepared, corpus: CorpusArguments, training: PretrainingArguments, length: int
+) -> WindowDataset:
+    """The windows of a run, `length` of them."""
+    return WindowDataset(
+        data.images, data.processor, length, training.seed, corpus.window_sizes, training.windows_a_step
+    )
+
+
 def plan_steps(
-    images: Sequence[SlideImage], corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments
-) -> int:
-    """Windows of the whole training; sets `training.max_steps`, so that every window is drawn once."""
-    if training.max_steps <= 0:
+    data: Prepared, corpus: CorpusArguments, model: ModelArguments, training: PretrainingArguments
+) -> WindowDataset:
+    """The windows of the whole training, every one of them drawn once; sets `training.max_steps`."""
+    if training.max_spots is not None:
+        training.max_steps = steps_to_see(training_windows(data, corpus, training, 1), training.max_spots)
+    elif training.max_steps <= 0:
         sizes = corpus.window_sizes or [model.window_size]
-        windows = training.num_train_epochs * windows_per_epoch(images, sizes, corpus.coverage, model.sample_unit)
+        windows = training.num_train_epochs * windows_per_epoch(data.images, sizes, corpus.coverage, model.sample_unit)
         training.max_steps = max(1, math.ceil(windows / training.windows_a_step))
-    return training.max_steps * training.windows_a_step
+    return training_windows(data, corpus, training, training.max_steps * training.windows_a_step)
+
+
+def steps_to_see(windows: WindowDataset, spots: int, steps_at_a_time: int = 64) -> int:
+    """Steps after which at least so many spots have stood in windows."""
+    steps, seen, stride = 0, 0, steps_at_a_time * windows.windows_a_step
+    while True:
+        start = steps * windows.windows_a_step
+        of_steps = windows.spots_of_items(start, start + stride).reshape(steps_at_a_time, -1).sum(-1).cumsum()
+        if seen + of_steps[-1] >= spots:
+            return steps + 1 + int(np.searchsorted(seen + of_steps, spots))
+        seen, steps = seen + int(of_steps[-1]), steps + steps_at_a_time
 
 
 def use_cpu_well(training: PretrainingArguments) -> None:
@@ -146,18 +168,15 @@ def make_trainer(
     data: Prepared,
     corpus: CorpusArguments,
     training: PretrainingArguments,
-    num_windows: int,
+    windows: WindowDataset,
     **options: Any,
 ) -> PretrainTrainer:
-    """The Trainer over the windows of `data`; without held-out slides it evaluates nothing."""
+    """The Trainer over `windows` of `data`; without held-out slides it evaluates nothing."""
     held_out = None
     if len(data.held_out_images):
         held_out = WindowDataset(data.held_out_images, data.processor, corpus.validation_windows, VALIDATION_SEED)
     else:
         training.eval_strategy, training.load_best_model_at_end = "no", False
-    windows = WindowDataset(
-        data.images, data.processor, num_windows, training.seed, corpus.window_sizes, training.windows_a_step
-    )
     watch = FiniteWatch(
         windows, training.windows_a_step, training.gradient_accumulation_steps, Path(training.output_dir)
     )
@@ -210,24 +229,24 @@ def main(argv: list[str] | None = None) -> None:
     probe_slides = read_probe_slides(probe, data.processor) if probe.probe_slides else []
     model = build_model(data.processor, data.images, model_arguments, training.seed, parent)
     embedding_options(model, data.processor)
-    num_windows = plan_steps(data.images, corpus, model_arguments, training)
+    windows = plan_steps(data, corpus, model_arguments, training)
     run = deciding_arguments(corpus, model_arguments, training, data, parent)
     output = Path(training.output_dir)
     checkpoint = checkpoint_to_resume(output, run, main_process) if training.resume else None
-    arguments = told_arguments(corpus, model_arguments, training, num_windows)
+    arguments = told_arguments(corpus, model_arguments, training, len(windows), windows.num_spots())
     facts = card_facts(training, model, data, probe_slides, parent, arguments)
     trainer = make_trainer(
         model,
         data,
         corpus,
         training,
-        num_windows,
+        windows,
         run=run,
         model_card=lambda history: write_card(facts, history).save(output / "README.md"),
     )
     add_probe(trainer, probe_slides, data.processor, probe)
     if main_process:
-        tell_start(data, facts.num_parameters, training, num_windows, checkpoint)
+        tell_start(data, facts, training, checkpoint)
         if not training.resume:
             remove_checkpoints(output)
         if checkpoint is None:
@@ -249,17 +268,16 @@ def add_probe(
         trainer.add_callback(ProbeCallback(slides, processor, probe.probe_steps, trainer.log))
 
 
-def tell_start(
-    data: Prepared, num_parameters: int, training: PretrainingArguments, num_windows: int, checkpoint: Path | None
-) -> None:
+def tell_start(data: Prepared, facts: CardFacts, training: PretrainingArguments, checkpoint: Path | None) -> None:
     """One line on what is going to happen."""
     held_out = f" ({len(data.held_out_records)} more held out)" if data.held_out_records else ""
     processes = f" in {training.world_size} processes" if training.world_size > 1 else ""
     going_on = "" if checkpoint is None else f" Goes on from {checkpoint}."
     logger.warning(
         f"{len(data.images)} slides{held_out}, {int(spots_of(data.images).sum()):,} spots, "
-        f"{len(data.processor.vocabulary):,} genes; {num_parameters:,} parameters; {training.max_steps:,} steps, "
-        f"{num_windows:,} windows{processes}.{going_on}"
+        f"{len(data.processor.vocabulary):,} genes; {facts.num_parameters:,} parameters; {training.max_steps:,} steps, "
+        f"{facts.arguments['num_windows']:,} windows with {facts.arguments['num_spots_seen']:,} spots"
+        f"{processes}.{going_on}"
     )
 
 

@@ -1,0 +1,91 @@
+"""How well a model predicts what it does not see, beside two means that know no biology.
+
+The same masked entries are predicted three times: by the model, by each gene's mean over the window's visible entries,
+and by each gene's mean over the corpus. Errors are those of the loss (Eq. 8), in the units of the model's input, so
+that they compare within a row and not between models that normalise differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from data_processing.window_dataset import WindowDataset, collate_windows, windows_per_epoch
+from modeling_stimg import SlideImage, STImageMAEForPreTraining, STPatchProcessor
+from modeling_stimg.masking_stimg import masked_mean_squared_error
+
+PREDICTORS = ("model", "window mean", "corpus mean")
+
+
+def corpus_mean(processor: STPatchProcessor, gene_ids: torch.Tensor) -> torch.Tensor:
+    """float32 (B, C): the corpus mean of every channel's gene as the model's input shows it; 0 of padding.
+
+    Raises:
+        ValueError: the vocabulary holds no means.
+    """
+    if processor.normalization == "standardized":  # less the mean, by definition
+        return torch.zeros(gene_ids.shape)
+    if processor.vocabulary.mean is None:
+        raise ValueError("The processor's vocabulary holds no gene means: the corpus mean of a gene is not known.")
+    return torch.from_numpy(np.append(processor.vocabulary.mean, np.float32(0)))[gene_ids]
+
+
+def window_mean(batch: Mapping[str, torch.Tensor], mask: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """float32 (B, C): mean of every channel over the entries of its window that can be seen.
+
+    Args:
+        batch: with `pixel_values` float32 (B, C, S, S), `pixel_mask` bool (B, S, S). mask: bool (B, C, S, S), hidden.
+        otherwise: float32 (B, C), for channels of which nothing can be seen.
+    """
+    visible = (batch["pixel_mask"][:, None] & ~mask).flatten(2)
+    count = visible.sum(-1)
+    total = (batch["pixel_values"].flatten(2) * visible).sum(-1)
+    return torch.where(count > 0, total / count.clamp(min=1), otherwise)
+
+
+@torch.no_grad()
+def masked_losses(
+    model: STImageMAEForPreTraining,
+    processor: STPatchProcessor,
+    image: SlideImage,
+    coverage: float = 2.0,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Mean squared error over masked entries of samples of one slide, by predictor, and how many samples there were.
+
+    The samples, their genes and their masks are a function of `seed` and the slide. The model hides what it hid in
+    pretraining.
+
+    Args:
+        coverage: how often the samples cover every spot on average. batch_size: windows at a time; of the sample unit
+            `"spot"` as many spots as these have sites.
+    """
+    samples = windows_per_epoch([image], [processor.window_size], coverage, processor.sample_unit)
+    at_a_time = {"spot": batch_size * processor.window_size**2, "slice": 1}.get(processor.sample_unit, batch_size)
+    windows = DataLoader(
+        WindowDataset([image], processor, samples, seed), batch_size=at_a_time, collate_fn=collate_windows
+    )
+    total = dict.fromkeys(PREDICTORS, 0.0)
+    counted = 0
+    model.eval()
+    for batch in windows:
+        outputs = model(**batch)
+        counting = int(outputs.mask.flatten(1).any(-1).sum())
+        of_corpus = corpus_mean(processor, batch["gene_ids"])
+        predictions = {
+            "model": outputs.reconstruction,
+            "window mean": window_mean(batch, outputs.mask, of_corpus)[:, :, None, None],
+            "corpus mean": of_corpus[:, :, None, None],
+        }
+        for name, prediction in predictions.items():
+            prediction = prediction.float().expand_as(batch["pixel_values"])
+            loss = masked_mean_squared_error(prediction, batch["pixel_values"], outputs.mask)
+            total[name] += loss.item() * counting
+        counted += counting
+    if counted == 0:
+        raise ValueError(f"{image.name}: nothing is masked in any sample, so there is no loss.")
+    return {**{name: value / counted for name, value in total.items()}, "samples": counted}
