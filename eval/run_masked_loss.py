@@ -46,13 +46,13 @@ def table(records: Sequence[dict[str, Any]], budgets: dict[str, dict[str, Any]])
     lines = ["Masked loss, mean over slides; lower is better. Means predict the very entries that the model predicts."]
     rows = []
     for name, told in budgets.items():
-        of_model = [record for record in records if record["model"] == name]
+        of_model = [record for record in records if record["trained_model"] == name]
         budget = [f"{told[key]:,}" if key in told else "not told" for key in BUDGET]
         means = {key: float(np.mean([r[key] for r in of_model])) for key in PREDICTORS}
         rows.append([name, of_model[0]["sample_unit"], *budget, *_cells(means)])
     header = [*PREDICTORS, "below window mean", "below corpus mean"]
     lines += ["", *markdown_table(["trained model", "sample unit", *BUDGET.values(), *header], rows)]
-    rows = [[r["model"], r["slide"], r["seen"], f"{r['samples']:,}", *_cells(r)] for r in records]
+    rows = [[r["trained_model"], r["slide"], r["seen"], f"{r['samples']:,}", *_cells(r)] for r in records]
     lines += ["", "## By slide", "", *markdown_table(["trained model", "slide", "seen", "samples", *header], rows)]
     return "\n".join(lines) + "\n"
 
@@ -64,12 +64,12 @@ def _cells(losses: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(MaskedLossArguments).parse_args_into_dataclasses(argv)
-    slides = read_slides(find_slides(arguments.slides))
-    records: list[dict[str, Any]] = []
-    runs: dict[str, Any] = {}
     names = [Path(folder).name for folder in arguments.models]
     if len(set(names)) < len(names):
         raise ValueError(f"Two models are called the same: {names}; their folders' names tell them apart.")
+    slides = read_slides(find_slides(arguments.slides))
+    records: list[dict[str, Any]] = []
+    runs: dict[str, Any] = {}
     for name, folder in zip(names, arguments.models, strict=True):
         processor = STPatchProcessor.from_pretrained(folder)
         model = STImageMAEForPreTraining.from_pretrained(folder)
@@ -79,9 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             (image,) = slide_images({slide: adata}, processor)
             losses = masked_losses(model, processor, image, arguments.coverage, arguments.seed)
             saw = seen(slide, adata, None if told is None else told[0])
-            records.append(
-                {"model": name, "sample_unit": model.config.sample_unit, "slide": slide, "seen": saw, **losses}
-            )
+            row = {"trained_model": name, "sample_unit": model.config.sample_unit, "slide": slide, "seen": saw}
+            records.append({**row, **losses})
     budgets = {name: {} if run is None else run["arguments"] for name, run in runs.items()}
     text = table(records, budgets)
     metadata = run_metadata(arguments.seed, coverage=arguments.coverage, slides=list(slides), models=runs)
