@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,8 +126,12 @@ def launch_words(*options: str, processes: int = 2) -> list[str]:
 
 
 def finish(process: subprocess.Popen) -> str:
-    """The whole output of a run that has to succeed."""
-    output, _ = process.communicate()
+    """The whole output of a run that has to succeed, and to end."""
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == 0, output[-3000:]
     return output
 

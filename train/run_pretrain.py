@@ -8,6 +8,7 @@ under `untrained/` the model at step 0, against which an evaluation measures wha
 The same command again goes on from the last whole checkpoint, to the same weights as without the interruption.
 """
 
+import gc
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -218,7 +220,23 @@ def save_results(
     trainer.save_model()
 
 
+def leave_process_group() -> None:
+    """End the connection to other processes, after everything that trained has gone.
+
+    A gloo group that goes together with the reducer of DistributedDataParallel, its last holder, can wait for ever: it
+    waits for its thread with the interpreter's lock held, and the thread may need the lock to let go of a tensor.
+    """
+    gc.collect()  # the Trainer and its model refer to each other
+    PartialState().destroy_process_group()
+
+
 def main(argv: list[str] | None = None) -> None:
+    pretrain(argv)
+    leave_process_group()
+
+
+def pretrain(argv: list[str] | None = None) -> None:
+    """The whole run; every process calls it."""
     corpus, model_arguments, probe, training = parse_arguments(argv)
     check_arguments(corpus, training)
     check_reporting(training)
@@ -255,7 +273,6 @@ def main(argv: list[str] | None = None) -> None:
     save_results(trainer, data, parent, arguments, probed=bool(probe_slides))
     if main_process:
         logger.warning(f"The model is in {output}.")
-    trainer.accelerator.end_training()
 
 
 def add_probe(
