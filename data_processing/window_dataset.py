@@ -1,6 +1,7 @@
 """WindowDataset: an endless-looking stream of training windows, every one a function of (seed, index)."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -47,6 +48,20 @@ def _filled_up(key: str, tensor: torch.Tensor, side: int) -> torch.Tensor:
     larger = tensor.new_zeros([side if axis in axes else length for axis, length in enumerate(tensor.shape)])
     larger[tuple(slice(length) for length in tensor.shape)] = tensor
     return larger
+
+
+def give_way(worker: int, before: Callable[[int], None] | None = None) -> None:
+    """Initialise a loader's worker so that it runs where the training leaves a core idle, and never in its way.
+
+    Threads of one matrix product wait for each other: a worker that takes a core from one of them stops them all.
+
+    Args:
+        worker: its number. before: another initialisation, called first.
+    """
+    if before is not None:
+        before(worker)
+    if hasattr(os, "nice"):
+        os.nice(19)
 
 
 class WindowDataset(Dataset):

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, default_data_collator
 
 from data_processing.phantom import PhantomTissue
-from data_processing.window_dataset import WindowDataset
+from data_processing.window_dataset import WindowDataset, give_way
 from eval.throughput import PeakMemory, anonymous_memory
 from modeling_stimg import GeneVocabulary, SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
 
@@ -189,6 +189,8 @@ def loaded_windows(
         collate_fn=default_data_collator,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=None if torch.cuda.is_available() else give_way,
     )
 
 

@@ -223,3 +223,10 @@ def test_slides_are_found_by_glob_and_variable(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "a.tsv").touch()
     with pytest.raises(ValueError, match="Several slides are called 'a'"):
         find_slides([str(tmp_path / "*")])
+
+
+def test_a_config_with_workers_runs_without():
+    words = ["--config", str(CONFIGS[0].parent / "laptop.yaml"), "--use_cpu", "true"]
+    assert parse_arguments(words)[3].dataloader_prefetch_factor == 4
+    alone = parse_arguments([*words, "--dataloader_num_workers", "0"])[3]
+    assert (alone.dataloader_prefetch_factor, alone.dataloader_persistent_workers) == (None, False)

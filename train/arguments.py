@@ -216,6 +216,8 @@ class PretrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.dataloader_num_workers == 0:  # of a config with workers: what is said of them does not matter then
+            self.dataloader_prefetch_factor, self.dataloader_persistent_workers = None, False
         super().__post_init__()
         if self.resume_from_checkpoint is not None:
             raise ValueError(

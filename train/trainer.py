@@ -5,16 +5,19 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from data_processing.window_dataset import give_way
 from modeling_stimg import STImageMAEConfig
 from train.checkpoints import NotSavedError, finish_checkpoint, remove_older, saving
 
@@ -55,7 +58,7 @@ def kept_randomness() -> Iterator[None]:
 
 
 class PretrainTrainer(Trainer):
-    """The Trainer with four differences.
+    """The Trainer with five differences.
 
     - The loss of a step is the mean over all windows of that step that have something masked, whatever processes and
       accumulation steps they are spread over. The mean of means would weigh the windows of a process higher where
@@ -63,6 +66,7 @@ class PretrainTrainer(Trainer):
     - A checkpoint gets its name when it is whole, and older ones are removed only then; the model itself appears last
       in its folder. Arguments are not pickled.
     - Evaluation leaves the randomness of training alone.
+    - Loader workers give way to a training on CPUs.
     - `create_model_card` writes the card that it was given.
 
     Args:
@@ -109,6 +113,13 @@ class PretrainTrainer(Trainer):
             # Gradients are averaged over processes, and the Trainer divides by the accumulation steps.
             loss = loss * (share * self.accelerator.num_processes * self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader, whose workers leave the cores to a training on CPUs."""
+        loader = super().get_train_dataloader()
+        if self.args.device.type == "cpu" and loader.num_workers:
+            loader.worker_init_fn = partial(give_way, before=loader.worker_init_fn)
+        return loader
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass."""
