@@ -26,7 +26,7 @@ from eval.results import markdown_table, run_metadata, write_results
 from eval.throughput import measure_memory, measure_resident, measure_windows, one_core
 from modeling_stimg import STPatchProcessor
 from modeling_stimg.configuration_stimg import MASK_UNITS
-from modeling_stimg.host_memory import keep_freed_memory
+from modeling_stimg.host import keep_freed_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -9,10 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
 
+from modeling_stimg.host import multiplies_bfloat16
 from train.continuing import check_agrees, parent_fields
+
+logger = logging.get_logger("stimg")
 
 
 @dataclass
@@ -218,6 +223,9 @@ class PretrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.dataloader_num_workers == 0:  # of a config with workers: what is said of them does not matter then
             self.dataloader_prefetch_factor, self.dataloader_persistent_workers = None, False
+        if self.bf16 and (self.use_cpu or not torch.accelerator.is_available()) and not multiplies_bfloat16():
+            logger.warning_once("bf16 is asked for, which this CPU has no instructions for: training in float32.")
+            self.bf16 = False
         super().__post_init__()
         if self.resume_from_checkpoint is not None:
             raise ValueError(

@@ -28,7 +28,7 @@ from data_processing.corpus import SlideRecord, save_pretraining
 from data_processing.window_dataset import WindowDataset, collate_windows, spots_of, windows_per_epoch
 from modeling_stimg import SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
 from modeling_stimg.embedding_stimg import embedding_options
-from modeling_stimg.host_memory import keep_freed_memory
+from modeling_stimg.host import keep_freed_memory
 from modeling_stimg.plotting import logged, plot_loss, plot_probe
 from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments, ProbeArguments, parse_arguments
 from train.callbacks import FiniteWatch, ProbeCallback, ProbeSlide, read_probe_slides

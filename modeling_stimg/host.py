@@ -1,7 +1,9 @@
-"""How this process' C library handles freed memory."""
+"""What the CPU of this machine offers, and how this process' C library handles freed memory."""
 
 import ctypes
 import sys
+
+import torch
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -23,3 +25,10 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):  # another C library
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16. Without them they take tens of times as long."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+    return torch.cpu._is_avx512_bf16_supported()  # before torch 2.11 or so
