@@ -128,6 +128,15 @@ def test_it_trains_on(parent: Path, child: Path, new_config: Path):
     assert not torch.equal(weights(child)[TABLE][90:120], weights(child / "untrained")[TABLE][90:120])
 
 
+def test_new_genes_that_stay_random_are_told_of(
+    parent: Path, new_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    fields = {"init_from": parent, "max_steps": 1, "freeze_gene_embeddings": True}
+    frozen = train_here(new_config, tmp_path / "frozen", **fields)
+    assert "30 genes that parent does not know keep random embeddings" in caplog.text
+    assert torch.equal(weights(frozen)[TABLE], weights(frozen / "untrained")[TABLE])
+
+
 def test_it_tells_what_its_parent_saw(child: Path):
     told = json.loads((child / "pretraining.json").read_text())
     assert [slide["name"] for slide in told["slides"]] == ["new5", "new6", "square", "staggered"]

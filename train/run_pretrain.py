@@ -56,6 +56,12 @@ def build_model(
     set_seed(seed)
     if parent is not None:
         model = extend_model(parent.model, arguments.config_fields(), len(processor.vocabulary), seed)
+        new = len(processor.vocabulary) - len(parent.processor.vocabulary)
+        if new and arguments.freeze_gene_embeddings:
+            logger.warning(
+                f"{new:,} genes that {parent.name} does not know keep random embeddings, because "
+                "freeze_gene_embeddings is on: train without it to learn them."
+            )
         model.get_input_embeddings().weight.requires_grad_(not arguments.freeze_gene_embeddings)
         return model
     config = STImageMAEConfig(vocab_size=len(processor.vocabulary) + 1, **arguments.config_fields())
