@@ -260,13 +260,11 @@ def parse_arguments(
     """
     types = (CorpusArguments, ModelArguments, ProbeArguments, PretrainingArguments)
     parser = HfArgumentParser(types, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with any of the fields below; the command line wins over it.")
     argv = list(sys.argv[1:] if argv is None else argv)
+    of_file = fields_of_config(parser, argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
     first.add_argument("--init_from", "--init-from")
     known, _ = first.parse_known_args(argv)
-    of_file = {} if known.config is None else _read_config(Path(known.config), parser)
     source = known.init_from or of_file.get("init_from")
     of_parent = {} if source is None else parent_fields(source)
     parser.set_defaults(**{**of_parent, **of_file})
@@ -274,6 +272,19 @@ def parse_arguments(
     if source is not None:
         check_agrees(of_parent, {k: v for part in dataclass_values for k, v in vars(part).items()})
     return tuple(dataclass_values)
+
+
+def fields_of_config(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What the file says that `--config` names; the parser gets that flag.
+
+    Raises:
+        SystemExit: unknown fields or a missing file, with status 2 and one sentence.
+    """
+    parser.add_argument("--config", help="YAML file with any of the fields below; the command line wins over it.")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    known, _ = first.parse_known_args(argv)
+    return {} if known.config is None else _read_config(Path(known.config), parser)
 
 
 def _read_config(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
