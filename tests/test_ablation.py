@@ -1,0 +1,345 @@
+"""Ablations on phantom slides: each row from the model it names, resumed wherever stopped, recomputed if changed."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sklearn.metrics import accuracy_score, adjusted_rand_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from data_processing.phantom import PhantomTissue
+from data_processing.splits import encode_labels, spot_splits
+from eval import run_ablation
+from eval.ablation import Evaluation, LabelledSlide, read_grid, runs_of, windows_to_read
+from eval.baselines.variants import content_sha256, make_variant, train_variant
+from eval.run_ablation import GRID, main
+from modeling_stimg import STImageMAEModel, STPatchProcessor, read_slide
+from train import run_pretrain
+
+TRAINING = {
+    "window_size": 6,
+    "num_channels": 24,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "decoder_hidden_size": 8,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+    "mask_unit": "mixed",
+    "per_device_train_batch_size": 4,
+    "max_steps": 6,
+    "learning_rate": 2e-3,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "save_strategy": "steps",
+    "use_cpu": True,
+    "num_cpu_threads": 1,
+    "disable_tqdm": True,
+}
+FACTORS = {
+    "window size": {
+        "unit": "sites",
+        "variants": {4: {"training": {"window_size": 4}}, 6: {}},
+    },
+    "gene draws": {"unit": "draws", "variants": {1: {}, 2: {"embedding": {"num_gene_draws": 2}}}},
+    "readout": {"variants": {"spot": {"embedding": {"readout": "spot"}}, "both": {"embedding": {"readout": "both"}}}},
+}
+
+
+def write_grid(path: Path, slides: Path, factors: dict, **training: object) -> Path:
+    fields = {"slides": [f"{slides}/s*.h5ad"], **TRAINING, **training}
+    path.write_text(
+        yaml.safe_dump({"training": fields, "embedding": {"stride": 3}, "factors": factors}, sort_keys=False)
+    )
+    return path
+
+
+def run(grid: Path, output: Path, *options: str) -> Path:
+    slides = str(grid.parent / "slides" / "held_out.h5ad")
+    main(["--slides", slides, "--output_dir", str(output), "--grid", str(grid), "--num_splits", "2", *options])
+    return output
+
+
+def records_of(folder: Path) -> dict[tuple[str, str], dict]:
+    records = json.loads((folder / "results.json").read_text())["records"]
+    return {(record["factor"], record["variant"]): record for record in records}
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory, tissue: PhantomTissue) -> Path:
+    folder = tmp_path_factory.mktemp("ablation")
+    (folder / "slides").mkdir()
+    for number, name in enumerate(("s0", "s1", "held_out")):
+        slide = tissue.slide(number, height=12, width=11, median_counts=400)
+        slide.write_h5ad(folder / "slides" / f"{name}.h5ad")
+    return write_grid(folder / "grid.yaml", folder / "slides", FACTORS)
+
+
+@pytest.fixture(scope="module")
+def report(grid: Path) -> Path:
+    return run(grid, grid.parent / "report")
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The rows that are computed, as they are."""
+    rows: list[tuple[str, str]] = []
+    original = run_ablation.evaluate_run
+
+    def evaluate_run(row, *arguments):
+        rows.append((row.factor, row.variant))
+        return original(row, *arguments)
+
+    monkeypatch.setattr(run_ablation, "evaluate_run", evaluate_run)
+    return rows
+
+
+# ---------------------------------------------------------------------------- what is written
+
+
+def test_rows_tables_and_figures_are_there(report: Path):
+    rows = records_of(report)
+    assert list(rows) == [(factor, str(v)) for factor, told in FACTORS.items() for v in told["variants"]]
+    assert len({record["model"] for record in rows.values()}) == 2, "one training a window size"
+    assert rows["window size", "6"]["scores"] == rows["gene draws", "1"]["scores"] == rows["readout", "spot"]["scores"]
+    assert rows["gene draws", "2"]["scores"] != rows["gene draws", "1"]["scores"]
+    budget = rows["window size", "4"]["trained"]
+    assert (budget["max_steps"], budget["num_windows"]) == (6, 24)
+    assert 12 * 16 < budget["num_spots_seen"] <= 24 * 16
+    for record in rows.values():
+        columns = [(score["smoothing"], score["probe"]) for score in record["scores"]]
+        assert columns == [(0, "knn"), (0, "linear"), (1, "knn"), (1, "linear")]
+        assert {score["seen"] for score in record["scores"]} == {"unseen patient"}
+    table = (report / "table.md").read_text()
+    assert [line[3:] for line in table.splitlines() if line.startswith("## ")] == list(FACTORS)
+    assert table.count("(base)") == 3
+    assert "k-NN, 3x3 mean" in table
+    with (report / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6 * 4
+    assert float(lines[0]["ari"]) == rows["window size", "4"]["scores"][0]["ari"]
+    pictures = sorted(path.name for path in report.glob("*.png"))
+    assert pictures == ["gene_draws.png", "window_size.png"], "factors of numbers have a curve"
+    assert (report / "window_size.png").read_bytes().startswith(b"\x89PNG")
+    assert str(report.parent) not in (report / "results.json").read_text(), (
+        "this machine's folders are nobody's business"
+    )
+    assert not list(report.glob("models/*/checkpoint-*"))
+
+
+def test_scores_are_those_of_the_model_that_the_row_names(report: Path, grid: Path):
+    record = records_of(report)["gene draws", "2"]
+    folder = report / record["model"]
+    processor, model = STPatchProcessor.from_pretrained(folder), STImageMAEModel.from_pretrained(folder).eval()
+    adata = read_slide(grid.parent / "slides" / "held_out.h5ad")
+    image = processor.slide_to_image(adata)
+    features = model.embed(image, processor, stride=3, num_gene_draws=2)[image.spot_of_obs]
+    labels, _ = encode_labels(adata.obs["label"].astype(str).to_numpy())
+    site = np.stack([adata.obs["array_row"], adata.obs["array_col"] // 2], axis=1)
+    near = np.abs(site[:, None] - site).max(-1) <= 1
+    smooth = near @ features / near.sum(1, keepdims=True)
+    for radius, values in ((0, features), (1, smooth)):
+        accuracy, ari = [], []
+        for train, test in spot_splits(labels, 2):
+            predicted = KNeighborsClassifier(10).fit(values[train], labels[train]).predict(values[test])
+            accuracy.append(accuracy_score(labels[test], predicted))
+            ari.append(adjusted_rand_score(labels[test], predicted))
+        (found,) = (s for s in record["scores"] if (s["smoothing"], s["probe"]) == (radius, "knn"))
+        assert found["accuracy"] == pytest.approx(np.mean(accuracy), abs=1e-3)
+        assert found["ari"] == pytest.approx(np.mean(ari), abs=5e-3)
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def test_second_call_computes_nothing(report: Path, grid: Path, tmp_path: Path, computed: list, monkeypatch):
+    again = Path(shutil.copytree(report, tmp_path / "again"))
+    monkeypatch.setattr(run_pretrain, "main", lambda argv: pytest.fail("nothing is to be trained"))
+    run(grid, again)
+    assert computed == []
+    assert records_of(again) == records_of(report)
+
+
+def test_interrupted_in_the_middle_of_a_training_it_goes_on_to_the_same_numbers(
+    report: Path, grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    from small_pretraining import Interrupted, interrupt, same_weights, stop
+
+    output = tmp_path / "report"
+    only = ("--factors", "gene draws", "window size")
+    reordered = {name: FACTORS[name] for name in ("gene draws", "window size")}
+    other = write_grid(grid.parent / "reordered.yaml", grid.parent / "slides", reordered)
+    (output / "models").mkdir(parents=True)
+    base = records_of(report)["gene draws", "1"]["model"]
+    shutil.copytree(report / base, output / base)
+    with monkeypatch.context() as patched:
+        interrupt(patched, 5, stop)
+        with pytest.raises(Interrupted):
+            run(other, output, *only)
+    assert list(records_of(output)) == [("gene draws", "1"), ("gene draws", "2")]
+    assert (output / "table.md").read_text().count("–") > 2, "rows that are still to come"  # noqa: RUF001
+    run(other, output, "--dry_run")
+    assert "goes on from step 4" in capsys.readouterr().out
+    run(other, output, *only)
+    rows, whole = records_of(output), records_of(report)
+    assert {row: record["scores"] for row, record in rows.items()} == {row: whole[row]["scores"] for row in rows}
+    small = whole["window size", "4"]["model"]
+    assert same_weights(output / small, report / small)
+
+
+def test_changed_rows_alone_are_computed_anew(report: Path, grid: Path, tmp_path: Path, computed: list, monkeypatch):
+    output = Path(shutil.copytree(report, tmp_path / "changed"))
+    monkeypatch.setattr(run_pretrain, "main", lambda argv: pytest.fail("nothing is to be trained"))
+    factors = {**FACTORS, "gene draws": {"variants": {1: {}, 2: {"embedding": {"num_gene_draws": 3}}}}}
+    changed = write_grid(grid.parent / "changed.yaml", grid.parent / "slides", factors)
+    run(changed, output)
+    assert computed == [("gene draws", "2")]
+    before, after = records_of(report), records_of(output)
+    assert after["gene draws", "2"]["embedding"]["num_gene_draws"] == 3
+    assert {row for row in before if before[row]["scores"] != after[row]["scores"]} == {("gene draws", "2")}
+    computed.clear()
+    run(changed, output, "--factors", "window size", "--probes", "knn")
+    assert computed == [("window size", "4"), ("window size", "6")], "another scoring"
+    assert set(records_of(output)) == set(computed), "rows of the old scoring are not mixed with these"
+
+
+def test_what_decides_the_weights_names_the_folder(grid: Path, tmp_path: Path):
+    slides = grid.parent / "slides"
+    fields = {**TRAINING, "slides": [f"{slides}/s*.h5ad"]}
+
+    def folder(**changes: object) -> str:
+        return make_variant({**fields, **changes}, tmp_path).folder.name
+
+    same = [folder(), folder(mask_ratio=0.3), folder(logging_steps=3), folder(save_steps=5)]
+    assert len(set(same)) == 1, "a default that is written out, or what is logged, changes nothing"
+    others = [folder(seed=1), folder(window_size=4), folder(learning_rate=1e-3), folder(exclude=["s1"])]
+    assert len({*same, *others}) == 5
+    copies = Path(shutil.copytree(slides, tmp_path / "slides"))
+    assert folder(slides=[f"{copies}/s*.h5ad"]) == same[0], "the same slides, wherever they are"
+    shutil.copy(copies / "held_out.h5ad", copies / "s1.h5ad")
+    assert folder(slides=[f"{copies}/s*.h5ad"]) != same[0], "the same name with another content"
+
+
+# ---------------------------------------------------------------------------- the dry run
+
+
+def test_dry_run_counts_and_leaves_nothing(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    run(grid, tmp_path / "dry", "--dry_run")
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "dry").exists()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert [row[:5] for row in rows[2:5]] == [
+        ["window size", "4", "to do", "to train", "24"],
+        ["window size", "6", "to do", "to train", "24"],
+        ["gene draws", "1", "to do", "trained for a row above", "24"],
+    ]
+    assert "at least 48 windows of training" in printed
+
+
+def test_windows_to_read_are_those_that_the_encoder_gets(report: Path, grid: Path, monkeypatch):
+    """With another grid of the slide, a smaller window, several draws and hidden quarters."""
+    evaluation = Evaluation()
+    adata = read_slide(grid.parent / "slides" / "held_out.h5ad")
+    slide = LabelledSlide.of("held_out", adata, evaluation)
+    options = {"stride": 2, "num_gene_draws": 2, "readout": "both"}
+    factors = {
+        "all": {"variants": {"x": {"embedding": options, "processor": {"window_size": 4, "compaction": "rank"}}}}
+    }
+    other = write_grid(grid.parent / "other.yaml", grid.parent / "slides", factors)
+    (row,), _ = read_grid(other, {}, report / "models", evaluation, "")
+    assert row.trained.finished
+    got = 0
+    original = STImageMAEModel.forward
+
+    def forward(self, pixel_values, *arguments, **named):
+        nonlocal got
+        got += len(pixel_values)
+        return original(self, pixel_values, *arguments, **named)
+
+    monkeypatch.setattr(STImageMAEModel, "forward", forward)
+    run_ablation.evaluate_run(row, [slide], evaluation)
+    assert windows_to_read(row, [slide]) == got > 100
+
+
+def test_shipped_grid_holds_its_base_once_a_factor(tmp_path: Path):
+    for name in ("corpus.json", "genes.json"):
+        (tmp_path / name).write_text("{}")
+    runs, base = read_grid(GRID, {"corpus": str(tmp_path)}, tmp_path / "models", Evaluation(), "")
+    wanted = {"window size", "channels", "gene rule in training", "gene rule at inference", "compaction", "mask unit"}
+    wanted |= {"start of gene embeddings", "stride at inference", "gene draws at inference"}
+    assert wanted <= {row.factor for row in runs}
+    for factor in dict.fromkeys(row.factor for row in runs):
+        of_factor = runs_of(runs, [factor])
+        assert [row.key for row in of_factor].count(base) == 1, factor
+        assert len({row.key for row in of_factor}) == len(of_factor), factor
+    sites = [row.trained.window_size**2 * row.trained.fields["per_device_train_batch_size"] for row in runs]
+    assert min(sites) > 0.9 * 4096
+    assert max(sites) < 1.1 * 4096
+    assert {row.trained.fields["max_spots"] for row in runs} == {1_200_000}
+
+
+# ---------------------------------------------------------------------------- bad input
+
+BAD_GRIDS = [
+    ({"x": {"variants": {"y": {"training": {"windowsize": 4}}}}}, r"x: y: Training fields \['windowsize'\] cannot be"),
+    ({"x": {"variants": {"y": {"training": {"window_size": "many"}}}}}, "x: y: The training fields are refused.*many"),
+    ({"x": {"variants": {"y": {"training": {"output_dir": "a"}}}}}, "x: y: Training fields .*output_dir"),
+    ({"x": {"variants": {"y": {"embedding": {"strid": 4}}}}}, r"x: y: Unknown embedding options \['strid'\]"),
+    ({"x": {"variants": {"y": {"embedding": {"stride": 7}}}}}, "x: y: stride is 7, larger than the window"),
+    ({"x": {"variants": {"y": {"processor": {"target_sum": 1}}}}}, "x: y: Processor options .*target_sum"),
+    ({"x": {"variants": {"y": {"model": {}}}}}, r"x: y overrides \['model'\]"),
+    ({"x": {"y": {}}}, "x: expected variants"),
+    ({}, "names no factors"),
+]
+
+
+@pytest.mark.parametrize(("factors", "told"), BAD_GRIDS, ids=[told for _, told in BAD_GRIDS])
+def test_bad_grids_are_told_before_anything_is_trained(grid: Path, tmp_path: Path, factors: dict, told: str):
+    bad = write_grid(tmp_path / "bad.yaml", grid.parent / "slides", factors)
+    with pytest.raises(ValueError, match=told):
+        main(["--slides", str(grid.parent / "slides" / "held_out.h5ad"), *words(tmp_path / "out", bad)])
+    assert not (tmp_path / "out").exists()
+
+
+def words(output: Path, grid: Path) -> list[str]:
+    return ["--output_dir", str(output), "--grid", str(grid)]
+
+
+def test_bad_arguments_are_told_in_one_sentence(grid: Path, tmp_path: Path, slides: dict):
+    with pytest.raises(ValueError, match=r"Unknown factors \['colour'\]: the grid has \['window size', 'gene draws'"):
+        run(grid, tmp_path / "out", "--factors", "colour")
+    with pytest.raises(ValueError, match=r"probes are \['forest'\]: expected any of"):
+        run(grid, tmp_path / "out", "--probes", "forest")
+    with pytest.raises(ValueError, match="--training is no valid JSON"):
+        run(grid, tmp_path / "out", "--training", "max_steps=3")
+    with pytest.raises(FileNotFoundError, match=r"There is no .*nowhere\.yaml"):
+        run(grid, tmp_path / "out", "--grid", str(tmp_path / "nowhere.yaml"))
+    with pytest.raises(ValueError, match="held_out: obs has no column 'layer'"):
+        run(grid, tmp_path / "out", "--label_key", "layer")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text('{"metadata": {}, "records": []}')
+    with pytest.raises(ValueError, match="holds no results of an ablation"):
+        run(grid, tmp_path / "out")
+
+
+def test_threads_of_a_training_do_not_stay(grid: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(run_pretrain, "main", lambda argv: torch.set_num_threads(3))
+    before = torch.get_num_threads()
+    train_variant(make_variant({**TRAINING, "slides": [f"{grid.parent}/slides/s*.h5ad"]}, tmp_path))
+    assert torch.get_num_threads() == before
+
+
+def test_fingerprint_of_slides_reads_folders_too(tmp_path: Path):
+    (tmp_path / "outs").mkdir()
+    (tmp_path / "outs" / "matrix").write_text("1")
+    first = content_sha256([tmp_path / "outs"])
+    (tmp_path / "outs" / "matrix").write_text("22")
+    assert content_sha256([tmp_path / "outs"]) != first
