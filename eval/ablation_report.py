@@ -43,9 +43,7 @@ def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]]
     header = [PROBE_TITLES.get(probe, probe) + smoothing_title(radius) for probe, radius in columns]
     slides = list(dict.fromkeys(score["slide"] for record in records for score in record["scores"]))
     lines = [f"Accuracy / ARI, mean over {len(slides)} slide(s): {', '.join(slides)}.", ""]
-    lines.append(
-        "One training a row, so a difference is told from chance by the rows that vary the seed alone, if any."
-    )
+    lines.append("Every row is one training: rows that vary its seed alone, if any, tell how much is chance.")
     by_row = {(record["factor"], record["variant"]): record for record in records}
     for factor in dict.fromkeys(factor for factor, _ in planned):
         rows, notes = [], []
