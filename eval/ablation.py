@@ -32,6 +32,7 @@ import yaml
 from data_processing.corpus import load_pretraining, slide_images
 from data_processing.splits import encode_labels, slide_labels, spot_splits
 from eval.baselines.expression import neighbourhood_mean
+from eval.baselines.shuffled import shuffle_spots
 from eval.baselines.variants import Variant, make_variant
 from eval.probes import PROBES, score
 from eval.provenance import seen
@@ -60,6 +61,7 @@ class Evaluation:
     smoothings: tuple[int, ...] = (0, 1)
     num_splits: int = 10
     train_share: float = 0.2
+    control: bool = False
     seed: int = 0
 
 
@@ -226,24 +228,26 @@ def evaluate_run(
 
     Returns:
         `trained` (steps, windows and spots seen), `too_small` (slides into which its windows do not fit) and `scores`:
-        one mapping for every slide, smoothing (radius in sites) and probe.
+        one mapping for every slide, its counts as they are or shuffled over its spots, smoothing (radius in sites) and
+        probe.
     """
     processor = STPatchProcessor.from_pretrained(run.trained.folder, **run.processor)
     model = STImageMAEModel.from_pretrained(run.trained.folder).eval()
     saw, told = load_pretraining(run.trained.folder)
     scores, too_small = [], []
     for slide in slides:
-        (image,) = slide_images({slide.name: slide.adata}, processor)
+        saw_of_slide = seen(slide.name, slide.adata, saw)
+        for shuffled in (False, True) if evaluation.control else (False,):
+            adata = shuffle_spots(slide.adata, evaluation.seed) if shuffled else slide.adata
+            (image,) = slide_images({slide.name: adata}, processor)
+            options = {**run.embedding, "batch_size": batch_size, "device": device, "seed": evaluation.seed}
+            embedding = model.embed(image, processor, **options)[image.spot_of_obs]
+            for radius in evaluation.smoothings:
+                features = embedding if radius == 0 else neighbourhood_mean(embedding, slide.rows, slide.cols, radius)
+                place = {"slide": slide.name, "seen": saw_of_slide, "shuffled": shuffled, "smoothing": radius}
+                scores += [{**place, **found} for found in score_embedding(features, slide.labels, evaluation)]
         if processor.sample_unit == "patch" and run.window_size > min(image.height, image.width):
             too_small.append(slide.name)
-        options = {**run.embedding, "batch_size": batch_size, "device": device, "seed": evaluation.seed}
-        embedding = model.embed(image, processor, **options)[image.spot_of_obs]
-        for radius in evaluation.smoothings:
-            features = embedding if radius == 0 else neighbourhood_mean(embedding, slide.rows, slide.cols, radius)
-            for found in score_embedding(features, slide.labels, evaluation):
-                scores.append(
-                    {"slide": slide.name, "seen": seen(slide.name, slide.adata, saw), "smoothing": radius, **found}
-                )
     budget = {name: told[name] for name in ("max_steps", "num_windows", "num_spots_seen")}
     return {"trained": budget, "too_small": too_small, "scores": scores}
 

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,14 +22,24 @@ LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # of smoothings, tol
 METRICS = {"accuracy": "accuracy", "ari": "adjusted Rand index"}
 MISSING = "–"  # noqa: RUF001 - a dash for "not measured yet"
 CSV_HEADER = (
-    *("factor", "variant", "base", "max_steps", "num_windows", "num_spots_seen", "slide", "seen", "smoothing", "probe"),
-    *("accuracy", "accuracy_sd", "ari", "ari_sd", "macro_f1", "macro_f1_sd"),
+    *("factor", "variant", "base", "max_steps", "num_windows", "num_spots_seen", "slide", "seen", "shuffled"),
+    *("smoothing", "probe", "accuracy", "accuracy_sd", "ari", "ari_sd", "macro_f1", "macro_f1_sd"),
 )
 
 
-def smoothing_title(radius: int) -> str:
-    """`", 3x3 mean"` for a radius of 1; nothing for 0."""
-    return f", {2 * radius + 1}x{2 * radius + 1} mean" if radius else ""
+class Column(NamedTuple):
+    """What stands in a column: a probe, the radius of a smoothing in sites, and whether counts were shuffled."""
+
+    probe: str
+    smoothing: int
+    shuffled: bool
+
+    @property
+    def title(self) -> str:
+        """E.g. `"k-NN, 3x3 mean"`."""
+        side = 2 * self.smoothing + 1
+        mean = f", {side}x{side} mean" if self.smoothing else ""
+        return f"{PROBE_TITLES.get(self.probe, self.probe)}{mean}{', counts shuffled' if self.shuffled else ''}"
 
 
 def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]], base_key: str) -> str:
@@ -40,7 +50,7 @@ def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]]
         base_key: the key of the base, whose rows say so.
     """
     columns = _columns(records)
-    header = [PROBE_TITLES.get(probe, probe) + smoothing_title(radius) for probe, radius in columns]
+    header = [column.title for column in columns]
     slides = list(dict.fromkeys(score["slide"] for record in records for score in record["scores"]))
     lines = [f"Accuracy / ARI, mean over {len(slides)} slide(s): {', '.join(slides)}.", ""]
     lines.append("Every row is one training: rows that vary its seed alone, if any, tell how much is chance.")
@@ -54,7 +64,7 @@ def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]]
                 continue
             name = f"{variant} (base)" if record["key"] == base_key else variant
             budget = [f"{record['trained'][key]:,}" for key in ("num_windows", "num_spots_seen")]
-            rows.append([name, *budget, *(_cell(record, *column) for column in columns)])
+            rows.append([name, *budget, *(_cell(record, column) for column in columns)])
             if record["too_small"]:
                 notes += ["", f"{variant}: larger than {', '.join(record['too_small'])}, whose sites stand in it once."]
         lines += ["", f"## {factor}", ""]
@@ -96,32 +106,32 @@ def _plot_curve(factor: str, points: Mapping[float, Record], path: Path) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = _columns(list(points.values()))
-    probes = list(dict.fromkeys(probe for probe, _ in columns))
-    radii = list(dict.fromkeys(radius for _, radius in columns))
+    columns = [column for column in _columns(list(points.values())) if not column.shuffled]
+    probes = list(dict.fromkeys(column.probe for column in columns))
+    radii = list(dict.fromkeys(column.smoothing for column in columns))
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     places = list(points)
     first = next(iter(points.values()))
     num_slides = len({score["slide"] for score in first["scores"]})
     for axes, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
-        for probe, radius in columns:
-            values = [_values(record, probe, radius, metric) for record in points.values()]
+        for column in columns:
+            values = [_values(record, column, metric) for record in points.values()]
             means = np.array([np.mean(v) if v else np.nan for v in values])
             reach = [[m - min(v, default=m) for m, v in zip(means, values, strict=True)]]
             reach += [[max(v, default=m) - m for m, v in zip(means, values, strict=True)]]
-            style, marker = LINES[radii.index(radius) % len(LINES)]
+            style, marker = LINES[radii.index(column.smoothing) % len(LINES)]
             axes.errorbar(
                 places,
                 means,
                 yerr=reach if num_slides > 1 else None,
-                color=COLOURS[probes.index(probe) % len(COLOURS)],
+                color=COLOURS[probes.index(column.probe) % len(COLOURS)],
                 linestyle=style,
                 marker=marker,
                 markersize=5,
                 capsize=2,
                 elinewidth=0.7,
-                label=PROBE_TITLES.get(probe, probe) + smoothing_title(radius),
+                label=column.title,
             )
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.set_xlabel(f"{factor} [{first['unit']}]" if first["unit"] else factor)
@@ -134,19 +144,23 @@ def _plot_curve(factor: str, points: Mapping[float, Record], path: Path) -> None
     write_whole(path, image.getvalue())
 
 
-def _columns(records: Sequence[Record]) -> list[tuple[str, int]]:
-    """(probe, smoothing) of all scores: all smoothings of a probe beside each other."""
-    found = list(dict.fromkeys((score["probe"], score["smoothing"]) for r in records for score in r["scores"]))
-    probes = list(dict.fromkeys(probe for probe, _ in found))
-    return sorted(found, key=lambda column: (probes.index(column[0]), column[1]))
+def _columns(records: Sequence[Record]) -> list[Column]:
+    """The columns of all scores: all of a probe beside each other, those of shuffled counts last."""
+    found = list(dict.fromkeys(_column(score) for record in records for score in record["scores"]))
+    probes = list(dict.fromkeys(column.probe for column in found))
+    return sorted(found, key=lambda column: (column.shuffled, probes.index(column.probe), column.smoothing))
 
 
-def _values(record: Record, probe: str, radius: int, metric: str) -> list[float]:
-    return [s[metric] for s in record["scores"] if (s["probe"], s["smoothing"]) == (probe, radius)]
+def _column(found: Mapping[str, Any]) -> Column:
+    return Column(found["probe"], found["smoothing"], found["shuffled"])
 
 
-def _cell(record: Record, probe: str, radius: int) -> str:
-    means = [_values(record, probe, radius, metric) for metric in METRICS]
+def _values(record: Record, column: Column, metric: str) -> list[float]:
+    return [found[metric] for found in record["scores"] if _column(found) == column]
+
+
+def _cell(record: Record, column: Column) -> str:
+    means = [_values(record, column, metric) for metric in METRICS]
     return " / ".join(f"{np.mean(values):.3f}" for values in means) if all(means) else MISSING
 
 

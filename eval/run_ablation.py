@@ -57,6 +57,13 @@ class AblationArguments:
     )
     num_splits: int = field(default=10, metadata={"help": "Random splits of the labelled spots."})
     train_share: float = field(default=0.2, metadata={"help": "Share of the labelled spots that trains a probe."})
+    control: bool = field(
+        default=False,
+        metadata={
+            "help": "Also embed every slide with the counts of its spots shuffled, in columns of their own: what probes "
+            "read off it is position, not expression. Embedding takes twice as long."
+        },
+    )
     batch_size: int = field(default=32, metadata={"help": "Windows that are embedded at a time."})
     device: str | None = field(default=None, metadata={"help": "Where to embed, e.g. cuda."})
     dry_run: bool = field(default=False, metadata={"help": "List what would be run, and its cost in windows."})
@@ -88,6 +95,7 @@ class AblationArguments:
             smoothings=tuple(sorted(set(self.smoothings))),
             num_splits=self.num_splits,
             train_share=self.train_share,
+            control=self.control,
             seed=self.seed,
         )
 
@@ -115,16 +123,18 @@ def without_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("slides", "corpus", "gene_table")}
 
 
-def dry_run_table(runs: Sequence[Run], slides: Sequence[LabelledSlide], known: dict[tuple[str, str], Any]) -> str:
+def dry_run_table(
+    runs: Sequence[Run], slides: Sequence[LabelledSlide], known: dict[tuple[str, str], Any], readings: int = 1
+) -> str:
     """Markdown: every row, whether it is there, and its cost. What rows share is counted once.
 
     Args:
-        known: rows that are there, by factor and variant.
+        known: rows that are there, by factor and variant. readings: how often each slide is embedded.
     """
     rows, met, trained, read = [], {record["key"] for record in known.values()}, 0, 0
     for run in runs:
         done = (run.factor, run.variant) in known
-        windows, reading = run.trained.least_windows, windows_to_read(run, slides)
+        windows, reading = run.trained.least_windows, readings * windows_to_read(run, slides)
         again = run.trained.folder in met
         cost = "told by the slides" if windows is None else f"{windows:,}"
         status = "trained for a row above" if again else run.trained.status
@@ -176,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     known = {row: record for row, record in known.items() if keys.get(row) == record["key"]}
     slides = [LabelledSlide.of(name, adata, evaluation) for name, adata in read_slides(paths).items()]
     if arguments.dry_run:
-        print(dry_run_table(runs, slides, known))
+        print(dry_run_table(runs, slides, known, 2 if arguments.control else 1))
         return
     metadata = run_metadata(
         arguments.seed,

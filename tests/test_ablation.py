@@ -16,6 +16,7 @@ from data_processing.phantom import PhantomTissue
 from data_processing.splits import encode_labels, spot_splits
 from eval import run_ablation
 from eval.ablation import Evaluation, LabelledSlide, read_grid, runs_of, windows_to_read
+from eval.baselines.shuffled import shuffle_spots
 from eval.baselines.variants import content_sha256, make_variant, train_variant
 from eval.run_ablation import GRID, main
 from modeling_stimg import STImageMAEModel, STPatchProcessor, read_slide
@@ -132,6 +133,23 @@ def test_rows_tables_and_figures_are_there(report: Path):
         "this machine's folders are nobody's business"
     )
     assert not list(report.glob("models/*/checkpoint-*"))
+
+
+def test_control_reads_the_same_slide_with_its_counts_elsewhere(report: Path, grid: Path, tmp_path: Path):
+    output = Path(shutil.copytree(report, tmp_path / "control"))
+    run(grid, output, "--factors", "gene draws", "--control", "--probes", "linear")
+    record, before = records_of(output)["gene draws", "1"], records_of(report)["gene draws", "1"]
+    plain, shuffled = ([s for s in record["scores"] if s["shuffled"] == there] for there in (False, True))
+    assert plain == [score for score in before["scores"] if score["probe"] == "linear"]
+    assert len(shuffled) == len(plain) == 2
+    assert all(there["ari"] < here["ari"] for there, here in zip(shuffled, plain, strict=True))
+    assert "linear, 3x3 mean, counts shuffled" in (output / "table.md").read_text()
+    adata = read_slide(grid.parent / "slides" / "held_out.h5ad")
+    moved = shuffle_spots(adata, 0)
+    assert moved.obs.equals(adata.obs)
+    assert np.array_equal(np.sort(moved.X.sum(1).A1), np.sort(adata.X.sum(1).A1))
+    assert (moved.X != adata.X).nnz > 0
+    assert (shuffle_spots(adata, 0).X != moved.X).nnz == 0
 
 
 def test_scores_are_those_of_the_model_that_the_row_names(report: Path, grid: Path):
