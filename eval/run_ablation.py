@@ -60,8 +60,8 @@ class AblationArguments:
     control: bool = field(
         default=False,
         metadata={
-            "help": "Also embed every slide with the counts of its spots shuffled, in columns of their own: what a probe "
-            "reads off it is position, not expression. Embedding takes twice as long."
+            "help": "Also embed every slide with the counts of its spots shuffled, in columns of their own: what is "
+            "read off it is position, not expression. Embedding takes twice as long."
         },
     )
     batch_size: int = field(default=32, metadata={"help": "Windows that are embedded at a time."})

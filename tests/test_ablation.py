@@ -298,9 +298,9 @@ def test_shipped_grid_holds_its_base_once_a_factor(tmp_path: Path):
         assert [row.key for row in of_factor].count(base) == 1, factor
         assert len({row.key for row in of_factor}) == len(of_factor), factor
     sites = [row.trained.window_size**2 * row.trained.fields["per_device_train_batch_size"] for row in runs]
-    assert min(sites) > 0.9 * 4096
-    assert max(sites) < 1.1 * 4096
-    assert {row.trained.fields["max_spots"] for row in runs} == {1_200_000}
+    assert min(sites) > 0.85 * 2048
+    assert max(sites) < 1.15 * 2048
+    assert {row.trained.fields["max_spots"] for row in runs} == {600_000}
 
 
 # ---------------------------------------------------------------------------- bad input
