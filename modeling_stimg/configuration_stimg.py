@@ -19,6 +19,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 MASK_UNITS = ("entry", "site", "mixed")
+RECONSTRUCTIONS = ("product", "residual")
 SAMPLE_UNITS = ("patch", "spot", "multi_spot", "slice")
 POSITION_EMBEDDING_TYPES = ("window", "slide")
 
@@ -41,6 +42,9 @@ class STImageMAEConfig(PreTrainedConfig):
             that are left, and hidden sites enter as mask tokens, so that they can be read from their surroundings.
         sample_unit (`str`): Which sites the model sees at a time: `"patch"`, a window; `"spot"`, one; `"multi_spot"`, a
             spot and its 16 nearest; `"slice"`, the whole slide. The last three are baselines of the first.
+        reconstruction (`str`): How a masked entry is predicted. `"product"`: the site's decoded feature, projected,
+            times the gene's embedding (Eq. 8). `"residual"`: that product, plus the mean of the gene's visible values
+            at the other sites, weighted by attention between sites: the product only tells how the site differs.
         position_embedding_type (`str`): `"window"` encodes a site's row and column within its window; `"slide"` its
             `coordinates` on the slide, 0 to 100 an axis. Both are fixed 2-D sine-cosine codes.
         embedding_defaults (`dict`, *optional*): What `embed_slide` does when not told: any of `stride`, `readout`,
@@ -69,6 +73,7 @@ class STImageMAEConfig(PreTrainedConfig):
     mask_ratio: float | int = 0.3
     mask_unit: str = "entry"
     sample_unit: str = "patch"
+    reconstruction: str = "product"
     position_embedding_type: str = "window"
     embedding_defaults: dict[str, Any] | None = None
 
@@ -97,6 +102,8 @@ class STImageMAEConfig(PreTrainedConfig):
             raise ValueError(f"mask_unit is {self.mask_unit!r}: expected one of {MASK_UNITS}.")
         if self.sample_unit not in SAMPLE_UNITS:
             raise ValueError(f"sample_unit is {self.sample_unit!r}: expected one of {SAMPLE_UNITS}.")
+        if self.reconstruction not in RECONSTRUCTIONS:
+            raise ValueError(f"reconstruction is {self.reconstruction!r}: expected one of {RECONSTRUCTIONS}.")
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(
                 f"position_embedding_type is {self.position_embedding_type!r}: "

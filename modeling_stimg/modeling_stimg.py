@@ -181,7 +181,7 @@ class STImageMAELayer(GradientCheckpointingLayer):
 
 
 class STImageMAEDecoder(nn.Module):
-    """Encoded sites to features in the space of the gene embeddings."""
+    """Encoded sites to features in the space of the gene embeddings, and how sites are read from each other."""
 
     def __init__(self, config: STImageMAEConfig):
         super().__init__()
@@ -194,8 +194,11 @@ class STImageMAEDecoder(nn.Module):
         )
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.project = nn.Linear(width, config.hidden_size)
+        self.local_mean = STImageMAELocalMean(config) if config.reconstruction == "residual" else None
 
-    def forward(self, encoded: torch.Tensor, pixel_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, encoded: torch.Tensor, pixel_mask: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_states = self.embed(encoded)  # (B, S*S, decoder width)
         hidden_states = hidden_states + sine_cosine_positions(positions, hidden_states.shape[-1]).to(encoded.dtype)
         selection = select_sites(pixel_mask.flatten(1))
@@ -203,7 +206,45 @@ class STImageMAEDecoder(nn.Module):
         attention_mask = create_bidirectional_mask(self.config, hidden_states, selection.keys)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask)
-        return selection.scatter(self.project(self.layernorm(hidden_states)))  # (B, S*S, D)
+        hidden_states = self.layernorm(hidden_states)
+        return selection.scatter(self.project(hidden_states)), selection.scatter(hidden_states)
+
+
+class STImageMAELocalMean(nn.Module):
+    """What other sites say of a gene at a site: the mean of its values that can be seen there, weighted by attention.
+
+    `sum_v a_uv m_vg x_vg / sum_v a_uv m_vg`, with `a` the softmax over the other observed sites v of a window, and
+    `m_vg` 1 where the value can be seen. Weights are the same for all genes; a site never reads its own values.
+    """
+
+    def __init__(self, config: STImageMAEConfig):
+        super().__init__()
+        self.query = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
+        self.key = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
+        self.scaling = config.decoder_hidden_size**-0.5
+
+    def forward(
+        self, hidden_states: torch.Tensor, pixel_mask: torch.Tensor, values: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        """Local means of every gene at every site; 0 at empty sites, and of a gene of which nothing else can be seen.
+
+        Args:
+            hidden_states: float (B, S*S, decoder width). pixel_mask: bool (B, S, S).
+            values: float (B, C, S*S). visible: bool (B, C, S*S).
+
+        Returns:
+            float (B, C, S*S).
+        """
+        observed = pixel_mask.flatten(1)
+        itself = torch.eye(observed.shape[-1], dtype=torch.bool, device=observed.device)
+        scores = self.query(hidden_states) @ self.key(hidden_states).transpose(1, 2) * self.scaling
+        pairs = observed[:, :, None] & observed[:, None] & ~itself  # (B, reading site, site that is read)
+        # A finite minimum: a site alone in its window has nothing to read, and softmax has to stay finite.
+        scores = scores.float().masked_fill(~pairs, torch.finfo(torch.float32).min)
+        weights = (scores.softmax(-1) * pairs).transpose(1, 2).to(hidden_states.dtype)
+        visible = visible.to(weights.dtype)
+        total, mass = (values.to(weights.dtype) * visible) @ weights, visible @ weights
+        return total / mass.clamp(min=torch.finfo(torch.float16).tiny)
 
 
 # ---------------------------------------------------------------------------- models
@@ -380,7 +421,10 @@ class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
             bool_masked_entries=mask,
             **kwargs,
         )
-        reconstruction = self.reconstruct(outputs.last_hidden_state, gene_ids, pixel_mask, coordinates)
+        visible = maskable & ~mask
+        reconstruction = self.reconstruct(
+            outputs.last_hidden_state, gene_ids, pixel_mask, coordinates, pixel_values, visible
+        )
         return STImageMAEForPreTrainingOutput(
             loss=masked_mean_squared_error(reconstruction, pixel_values, mask),
             reconstruction=reconstruction,
@@ -395,20 +439,37 @@ class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
         gene_ids: torch.Tensor,
         pixel_mask: torch.Tensor,
         coordinates: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict genes at every site: the site's decoded feature, projected, times the gene's embedding (Eq. 8).
 
         Args:
             last_hidden_state: float (B, S*S, D), from the encoder. gene_ids: int64 (B, C), any genes, also others
                 than the encoder saw. pixel_mask: bool (B, S, S). coordinates: as in `forward`.
+            pixel_values: float (B, C, S, S), values of these genes, and visible: bool (B, C, S, S), True = may be read:
+                needed where `config.reconstruction` is `"residual"`, whose prediction starts from them.
 
         Returns:
             float (B, C, S, S), 0 at empty sites.
+
+        Raises:
+            ValueError: a `"residual"` model without values.
         """
         positions = site_positions(self.config.position_embedding_type, pixel_mask, coordinates)
-        features = self.decoder(last_hidden_state, pixel_mask, positions)  # (B, S*S, D)
+        features, hidden_states = self.decoder(last_hidden_state, pixel_mask, positions)  # (B, S*S, D)
         genes = self.get_input_embeddings()(gene_ids).to(features.dtype)  # (B, C, D)
-        return (genes @ features.transpose(1, 2)).unflatten(-1, tuple(pixel_mask.shape[1:]))
+        predicted = genes @ features.transpose(1, 2)  # (B, C, S*S)
+        if self.decoder.local_mean is not None:
+            if pixel_values is None or visible is None:
+                raise ValueError(
+                    'This model predicts by config.reconstruction="residual", from values that can be seen: pass '
+                    "pixel_values and visible, both (B, C, S, S)."
+                )
+            predicted = predicted + self.decoder.local_mean(
+                hidden_states, pixel_mask, pixel_values.flatten(2), visible.flatten(2)
+            )
+        return predicted.unflatten(-1, tuple(pixel_mask.shape[1:]))
 
 
 STImageMAEConfig.register_for_auto_class()

@@ -118,6 +118,13 @@ class ModelArguments:
             "and its 16 nearest; slice, the whole slide. An epoch is the same number of spots with all of them."
         },
     )
+    reconstruction: str = field(
+        default="product",
+        metadata={
+            "help": "How a masked entry is predicted: product, of site and gene (Eq. 8); or residual, that plus the "
+            "mean of the gene's visible values at other sites, weighted by attention."
+        },
+    )
     position_embedding_type: str = field(
         default="window", metadata={"help": "Positions within the window, or on the slide: window or slide."}
     )
