@@ -1,8 +1,9 @@
-"""How well a model predicts what it does not see, beside two means that know no biology.
+"""How well a model predicts what it does not see, beside predictors that have learnt nothing.
 
-The same masked entries are predicted three times: by the model, by each gene's mean over the window's visible entries,
-and by each gene's mean over the corpus. Errors are those of the loss (Eq. 8), in the units of the model's input, so
-that they compare within a row and not between models that normalise differently.
+The same masked entries are predicted by the model, by each gene's mean over the corpus, by its mean over the window's
+visible entries, and by a low-rank completion of the window, which tells how much of what is hidden can be guessed from
+the rest of the window at all: most of a single count is noise. Errors are those of the loss (Eq. 8), in the units of
+the model's input, so that they compare within a row and not between models that normalise differently.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from data_processing.window_dataset import WindowDataset, collate_windows, windo
 from modeling_stimg import SlideImage, STImageMAEForPreTraining, STPatchProcessor
 from modeling_stimg.masking_stimg import masked_mean_squared_error
 
-PREDICTORS = ("model", "window mean", "corpus mean")
+PREDICTORS = ("model", "window mean", "corpus mean", "low rank")
+
+# Of the low-rank completion: rank, threshold as a share of the largest singular value, and how often it is repeated.
+RANK, THRESHOLD, ITERATIONS = 10, 0.5, 25
 
 
 def corpus_mean(processor: STPatchProcessor, gene_ids: torch.Tensor) -> torch.Tensor:
@@ -44,6 +48,30 @@ def window_mean(batch: Mapping[str, torch.Tensor], mask: torch.Tensor, otherwise
     count = visible.sum(-1)
     total = (batch["pixel_values"].flatten(2) * visible).sum(-1)
     return torch.where(count > 0, total / count.clamp(min=1), otherwise)
+
+
+def low_rank(batch: Mapping[str, torch.Tensor], mask: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """float32 (B, C, S, S): every window completed by soft-impute (Mazumder, Hastie & Tibshirani 2010).
+
+    Hidden entries start at their gene's mean and are replaced by a low-rank approximation with shrunk singular values,
+    again and again.
+
+    Args:
+        batch, mask: as in `window_mean`. means: float32 (B, C), what it gives.
+    """
+    predicted = means[:, :, None, None].repeat(1, 1, *mask.shape[2:])
+    for window, observed in enumerate(batch["pixel_mask"]):
+        offset = means[window][:, None].numpy()
+        hidden = mask[window][:, observed].numpy()  # (C, sites)
+        centred = np.where(hidden, 0, batch["pixel_values"][window][:, observed].numpy() - offset)
+        guess = np.zeros_like(centred)
+        threshold = THRESHOLD * float(np.linalg.norm(centred, 2))
+        for _ in range(ITERATIONS):
+            left, singular, right = np.linalg.svd(np.where(hidden, guess, centred), full_matrices=False)
+            shrunk = np.maximum(singular - threshold, 0)[:RANK]
+            guess = (left[:, :RANK] * shrunk) @ right[:RANK]
+        predicted[window][:, observed] = torch.from_numpy(guess + offset)
+    return predicted
 
 
 @torch.no_grad()
@@ -76,10 +104,12 @@ def masked_losses(
         outputs = model(**batch)
         counting = int(outputs.mask.flatten(1).any(-1).sum())
         of_corpus = corpus_mean(processor, batch["gene_ids"])
+        of_window = window_mean(batch, outputs.mask, of_corpus)
         predictions = {
             "model": outputs.reconstruction,
-            "window mean": window_mean(batch, outputs.mask, of_corpus)[:, :, None, None],
+            "window mean": of_window[:, :, None, None],
             "corpus mean": of_corpus[:, :, None, None],
+            "low rank": low_rank(batch, outputs.mask, of_window),
         }
         for name, prediction in predictions.items():
             prediction = prediction.float().expand_as(batch["pixel_values"])
