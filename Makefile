@@ -26,8 +26,9 @@ demo: $(STAMP)
 		--plot demo/phantom_06.png --num-domains 6
 	@echo "The table is demo/table.md, the figures are demo/maps.png and demo/ari.png."
 
+# A file a process: fixtures are shared within a file. A thread each, so that processes do not wait for each other.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,11 +117,19 @@ def start(*words: str) -> subprocess.Popen:
     )
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def launch_words(*options: str, processes: int = 2) -> list[str]:
     """`accelerate launch` over several processes, with its options written out, so that no user's config counts."""
+    options = options or ("--num_machines", "1", "--main_process_port", str(free_port()))
     return [
         *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", *(options or ("--num_machines", "1"))),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", *options),
         SCRIPT,
     ]
 
