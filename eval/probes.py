@@ -19,15 +19,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, adjusted_rand_score, f1_score
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from data_processing.splits import Split
+from eval.linear_probe import logistic_regression
+from eval.scoring import score
+from eval.threads import in_threads
+
+__all__ = ["PROBES", "Probe", "knn_probe", "linear_probe", "mlp_probe", "score"]
 
 NUM_NEIGHBOURS = 10
+BLOCK = 1024  # test spots at a time, whose distances to all training spots are in memory
 HIDDEN_SIZES = (512, 256, 128)
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
@@ -36,14 +38,32 @@ LEARNING_RATE = 1e-3
 def knn_probe(features: np.ndarray, labels: np.ndarray, splits: Sequence[Split], seed: int) -> list[np.ndarray]:
     """Vote of the 10 nearest training spots, Euclidean, on the features as they are.
 
-    Fewer training spots than 10: all of them vote. Nothing is random; `seed` is there for the common call.
+    Of training spots at the same distance the first in the split's order come first; of classes with as many votes the
+    lowest number wins, as in scikit-learn. Fewer training spots than 10: all of them vote. Nothing is random; `seed` is
+    there for the common call.
     """
     features, labels = _checked(features, labels, splits)
-    predictions = []
-    for train, test in splits:
-        knn = KNeighborsClassifier(n_neighbors=min(NUM_NEIGHBOURS, len(train)))
-        predictions.append(knn.fit(features[train], labels[train]).predict(features[test]))
-    return predictions
+    precise = features.astype(np.float64)
+    squares = (precise**2).sum(1)
+    classes = np.unique(labels[labels >= 0])
+
+    def vote(split: Split) -> np.ndarray:
+        train, test = split
+        onehot = (labels[train][:, None] == classes).astype(np.float32)  # (training, classes)
+        predicted = np.empty(len(test), dtype=np.int64)
+        neighbours = min(NUM_NEIGHBOURS, len(train))
+        for start in range(0, len(test), BLOCK):
+            block = test[start : start + BLOCK]
+            distances = squares[train] - 2 * (precise[block] @ precise[train].T)  # (b, training), less a constant a row
+            limit = np.partition(distances, neighbours - 1, axis=1)[:, neighbours - 1 : neighbours]
+            near = distances <= limit
+            for row in np.flatnonzero(near.sum(1) > neighbours):  # ties at the border
+                tied = np.flatnonzero(distances[row] == limit[row])
+                near[row, tied[neighbours - (distances[row] < limit[row]).sum() :]] = False
+            predicted[start : start + BLOCK] = classes[(near.astype(np.float32) @ onehot).argmax(1)]
+        return predicted
+
+    return _once_each(vote, splits)
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, splits: Sequence[Split], seed: int) -> list[np.ndarray]:
@@ -52,14 +72,17 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, splits: Sequence[Spli
     A training side with a single class predicts that class. Nothing is random; `seed` is there for the common call.
     """
     features, labels = _checked(features, labels, splits)
-    predictions = []
-    for train, test in splits:
-        if len(np.unique(labels[train])) == 1:  # scikit-learn refuses it, the other probes do just this
-            predictions.append(np.full(len(test), labels[train[0]]))
-            continue
-        regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        predictions.append(regression.fit(features[train], labels[train]).predict(features[test]))
-    return predictions
+
+    def fit_and_predict(split: Split) -> np.ndarray:
+        train, test = split
+        classes, targets = np.unique(labels[train], return_inverse=True)
+        if len(classes) == 1:  # the optimum is at infinity; the other probes do just this
+            return np.full(len(test), classes[0])
+        scaler = StandardScaler().fit(features[train].astype(np.float64))
+        weights, intercepts = logistic_regression(scaler.transform(features[train].astype(np.float64)), targets)
+        return classes[(scaler.transform(features[test].astype(np.float64)) @ weights + intercepts).argmax(1)]
+
+    return _once_each(fit_and_predict, splits)
 
 
 def mlp_probe(
@@ -67,67 +90,28 @@ def mlp_probe(
 ) -> list[np.ndarray]:
     """The paper's probe (arXiv 2603.13432): hidden layers 512, 256, 128, ReLU, Adam 1e-3, batches of 32, 800 epochs.
 
-    Features are standardised with the training spots' statistics. Splits with equally many training spots are trained
-    at once, as batched matrix products; split `i` gets the classifier it would have got alone, up to float
-    rounding: its initialisation and batch order depend on `(seed, i)`. The global random state is left alone.
+    Features are standardised with the training spots' statistics. The initialisation and the batch order of split `i`
+    depend on `(seed, i)`, and its classifier on no other split. The global random state is left alone.
     """
     features, labels = _checked(features, labels, splits)
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}: ask for at least 1")
     classes = np.unique(labels[labels >= 0])  # of all spots: the networks' shape must not depend on the other splits
     targets = np.searchsorted(classes, labels)
-    same_size: dict[int, list[int]] = {}
-    for split_index, (train, _) in enumerate(splits):
-        same_size.setdefault(len(train), []).append(split_index)
-    predictions: dict[int, np.ndarray] = {}
-    for members in same_size.values():
-        scalers = [StandardScaler().fit(features[splits[i][0]]) for i in members]
-        inputs = np.stack([s.transform(features[splits[i][0]]) for s, i in zip(scalers, members, strict=True)])
-        parameters = _train_mlps(
-            torch.from_numpy(inputs),
-            torch.from_numpy(np.stack([targets[splits[i][0]] for i in members])),
-            num_classes=len(classes),
-            generators=[_generator(seed, i) for i in members],
-            epochs=epochs,
-        )
-        for position, (scaler, i) in enumerate(zip(scalers, members, strict=True)):
-            test_features = torch.from_numpy(scaler.transform(features[splits[i][1]]))
-            logits = _mlp_forward(test_features[None], [p[position : position + 1] for p in parameters])[0]
-            predictions[i] = classes[logits.argmax(dim=-1).numpy()]
-    return [predictions[i] for i in range(len(splits))]
+
+    def train_and_predict(split_index: int) -> np.ndarray:
+        train, test = splits[split_index]
+        scaler = StandardScaler().fit(features[train])
+        inputs, known = (torch.from_numpy(array[train]) for array in (scaler.transform(features), targets))
+        parameters = train_mlp(inputs, known, len(classes), _generator(seed, split_index), epochs)
+        logits = mlp_forward(torch.from_numpy(scaler.transform(features[test])), parameters)[-1]
+        return classes[logits.argmax(dim=-1).numpy()]
+
+    return in_threads(train_and_predict, range(len(splits)))
 
 
 Probe = Callable[[np.ndarray, np.ndarray, Sequence[Split], int], list[np.ndarray]]
 PROBES: dict[str, Probe] = {"knn": knn_probe, "linear": linear_probe, "mlp": mlp_probe}
-
-
-def score(
-    labels: np.ndarray, predictions: Sequence[np.ndarray], splits: Sequence[Split]
-) -> dict[str, tuple[float, float]]:
-    """Mean and deviation (over splits, ddof = 0) of accuracy, adjusted Rand index and macro F1 on the test spots.
-
-    Parameters
-    ----------
-    labels
-        int64 (n,), the true class numbers.
-    predictions
-        What a probe returned for `splits`.
-    splits
-        Pairs of training and test indices.
-
-    Returns
-    -------
-    {"accuracy": (mean, sd), "ari": (mean, sd), "macro_f1": (mean, sd)}
-    """
-    if len(predictions) != len(splits) or not splits:
-        raise ValueError(f"{len(predictions)} predictions for {len(splits)} splits: give one per split, at least one")
-    labels = np.asarray(labels)
-    values: dict[str, list[float]] = {"accuracy": [], "ari": [], "macro_f1": []}
-    for predicted, (_, test) in zip(predictions, splits, strict=True):
-        values["accuracy"].append(accuracy_score(labels[test], predicted))
-        values["ari"].append(adjusted_rand_score(labels[test], predicted))
-        values["macro_f1"].append(f1_score(labels[test], predicted, average="macro"))
-    return {name: (float(np.mean(column)), float(np.std(column))) for name, column in values.items()}
 
 
 def _checked(features: np.ndarray, labels: np.ndarray, splits: Sequence[Split]) -> tuple[np.ndarray, np.ndarray]:
@@ -160,70 +144,84 @@ def _generator(seed: int, split_index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def _init_mlps(sizes: Sequence[int], generators: Sequence[torch.Generator]) -> list[torch.Tensor]:
-    """Weights (R, in, out) and biases (R, 1, out), alternating; distributed as torch.nn.Linear starts them."""
-    parameters = []
-    for num_in, num_out in itertools.pairwise(sizes):
-        bound = 1 / math.sqrt(num_in)
-        for num_rows in (num_in, 1):
-            drawn = [torch.rand(num_rows, num_out, generator=generator) for generator in generators]
-            parameters.append((torch.stack(drawn) * 2 - 1) * bound)
-    return parameters
+def _once_each(predict: Callable[[Split], np.ndarray], splits: Sequence[Split]) -> list[np.ndarray]:
+    """Predictions of every split, where the same split is asked for again the same ones."""
+    keys = [(np.asarray(train).tobytes(), np.asarray(test).tobytes()) for train, test in splits]
+    different = dict(zip(keys, splits, strict=True))
+    predictions = dict(zip(different, in_threads(predict, list(different.values())), strict=True))
+    return [predictions[key] for key in keys]
 
 
-def _mlp_forward(inputs: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Logits (R, B, classes) of R networks on their own inputs (R, B, d)."""
-    hidden = inputs
+def init_mlp(sizes: Sequence[int], generator: torch.Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One float32 vector of all parameters, and its views: weights (in, out) and biases (out,), alternating.
+
+    Distributed as torch.nn.Linear starts them.
+    """
+    shapes = [shape for num_in, num_out in itertools.pairwise(sizes) for shape in ((num_in, num_out), (num_out,))]
+    flat = torch.empty(sum(math.prod(shape) for shape in shapes))
+    views = parameter_views(flat, shapes)
+    for position, view in enumerate(views):
+        bound = 1 / math.sqrt(shapes[position - position % 2][0])
+        view.copy_((torch.rand(view.shape, generator=generator) * 2 - 1) * bound)
+    return flat, views
+
+
+def parameter_views(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Consecutive parts of a vector in the given shapes."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def mlp_forward(inputs: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs (B, d) and every layer's outputs, the last of them the logits (B, classes)."""
+    outputs = [inputs]
     for layer in range(0, len(parameters), 2):
-        if layer:
-            hidden = torch.relu(hidden)
-        hidden = torch.baddbmm(parameters[layer + 1], hidden, parameters[layer])
-    return hidden
+        outputs.append(torch.addmm(parameters[layer + 1], outputs[-1], parameters[layer]))
+        if layer < len(parameters) - 2:
+            outputs[-1].relu_()
+    return outputs
 
 
-def _train_mlps(
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    num_classes: int,
-    generators: Sequence[torch.Generator],
-    epochs: int,
+@torch.no_grad()
+def train_mlp(
+    inputs: torch.Tensor, targets: torch.Tensor, num_classes: int, generator: torch.Generator, epochs: int
 ) -> list[torch.Tensor]:
-    """Train R networks side by side, each as if alone.
+    """Train one network by Adam on its mean cross-entropy.
 
-    The loss is the sum of the networks' mean cross-entropies, so that no network's gradient depends on another, and
-    Adam works entry by entry.
+    One network at a time, because its parameters, moments and gradients then stay in a core's cache: they are read and
+    written at every step. The gradient is written out for the same reason, into the one vector that Adam reads.
 
     Parameters
     ----------
     inputs
-        float32 (R, n, d), the standardised training features of each split.
+        float32 (n, d), standardised training features.
     targets
-        int64 (R, n).
+        int64 (n,).
     num_classes
         Width of the output.
-    generators
-        R of them; each draws its network's start and then its batch orders.
+    generator
+        Draws the network's start and then its batch orders.
     epochs
         Passes over the n training spots; the last batch of a pass may be smaller.
 
     Returns
     -------
-    Weights and biases as in `_init_mlps`, detached.
+    Weights and biases as in `init_mlp`.
     """
-    num_splits, num_spots, width = inputs.shape
-    parameters = _init_mlps((width, *HIDDEN_SIZES, num_classes), generators)
-    for parameter in parameters:
-        parameter.requires_grad_()
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
-    network = torch.arange(num_splits)[:, None]
+    flat, parameters = init_mlp((inputs.shape[1], *HIDDEN_SIZES, num_classes), generator)
+    flat.grad = torch.zeros_like(flat)
+    gradients = parameter_views(flat.grad, [tuple(parameter.shape) for parameter in parameters])
+    optimizer = torch.optim.Adam([flat], lr=LEARNING_RATE, fused=True)
+    onehot = torch.nn.functional.one_hot(targets, num_classes).float()
     for _ in range(epochs):
-        order = torch.stack([torch.randperm(num_spots, generator=generator) for generator in generators])  # (R, n)
-        for batch in order.split(BATCH_SIZE, dim=1):
-            logits = _mlp_forward(inputs[network, batch], parameters)  # (R, B, classes)
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets[network, batch].flatten(), reduction="sum"
-            )
-            optimizer.zero_grad()
-            (loss / batch.shape[1]).backward()
+        for batch in torch.randperm(len(inputs), generator=generator).split(BATCH_SIZE):
+            outputs = mlp_forward(inputs[batch], parameters)
+            error = outputs[-1].softmax(-1).sub_(onehot[batch]).div_(len(batch))  # d loss / d logits
+            for layer in reversed(range(0, len(parameters), 2)):
+                into = outputs[layer // 2]
+                torch.mm(into.T, error, out=gradients[layer])
+                torch.sum(error, 0, out=gradients[layer + 1])
+                if layer:
+                    error = torch.mm(error, parameters[layer].T).mul_(into > 0)
             optimizer.step()
-    return [parameter.detach() for parameter in parameters]
+    return parameters

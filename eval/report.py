@@ -1,141 +1,259 @@
-"""Result records -> results.json, table.md and a figure.
+r"""Tables and figures of domain detection, from one or several `results.json`.
 
-A record is a dict with the keys slide, features, probe (str), accuracy, accuracy_sd, ari, ari_sd, macro_f1,
-macro_f1_sd (float) and, where it matters, seen (str): whether the slide was part of the pretraining.
+    python eval/report.py runs/domains/results.json runs/more/results.json --output_dir runs/report
+
+Writes `report.md` (means over sets, the paper's layout with a column a set, then set by set), `slides.md` (slide by
+slide), `report.csv` (all of it) and figures. Means are taken over the slides of a set first, then over sets.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import io
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_processing.writing import write_whole
-from eval.results import markdown_table, write_results
+from eval.aggregate import (
+    METRICS,
+    PLACE,
+    Mean,
+    MeanOf,
+    Record,
+    check_records,
+    distinct,
+    matching,
+    set_mean,
+    slide_mean,
+    smoothing_name,
+)
+from eval.domain_figures import MAPS_FILE, load_maps, plot_bars, plot_maps_of_slide, plot_smoothing
+from eval.results import markdown_table
 
-Record = Mapping[str, Any]
-
-REQUIRED_KEYS = ("slide", "features", "probe", "accuracy", "accuracy_sd", "ari", "ari_sd", "macro_f1", "macro_f1_sd")
-PROBE_TITLES = {"knn": "k-NN", "linear": "linear", "mlp": "MLP"}
-BAR_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: told apart by colour-blind eyes
+PROBE_TITLES = {"knn": "k-NN", "linear": "linear", "mlp": "MLP", "leiden": "Leiden"}
+SPLIT_TITLES = {
+    "spots": "trained on 20 % of a slide's spots at random",
+    "blocks": "trained on 20 % of a slide's tiles",
+    "slides": "trained on other slides",
+    "no labels": "found without labels, as many clusters as domains",
+}
 MISSING = "–"  # noqa: RUF001 - a dash for "no such measurement"
 
 
-def write_report(records: Sequence[Record], metadata: Mapping[str, Any], output_dir: str | os.PathLike[str]) -> str:
-    """Write `results.json` (records and metadata) and `table.md` into `output_dir`, made if it is missing.
+def results_table(records: Sequence[Record], metadata: Mapping[str, Any] | None = None) -> str:
+    """Markdown: means over sets, the paper's layout, then every set.
 
-    Each file appears whole or not at all.
+    Rows and columns stand in the order of their first appearance. A mean over fewer slides than there are says over
+    how many.
 
-    Returns
-    -------
-    The text of `table.md`.
+    Args:
+        records: see `eval/aggregate.py`. metadata: of the results; its notes on slides are printed.
     """
-    table = results_table(records)
-    write_results(output_dir, records, metadata, table)
-    return table
+    check_records(records)
+    sets = distinct(records, "set")
+    about = f"{len(sets)} set(s), {len(distinct(records, 'slide'))} slide(s)"
+    lines = [
+        "# Domain detection",
+        "",
+        f"Accuracy / adjusted Rand index; without labels the index alone. {about}; "
+        "columns: the mean over so many sites that every row's features are given.",
+        "",
+        *_by_smoothing(records, set_mean, "mean over sets" if len(sets) > 1 else f"set {sets[0]}"),
+    ]
+    if len(sets) > 1:
+        lines += _paper_layout(records, sets)
+        for name in sets:
+            lines += _by_smoothing(matching(records, set=name), slide_mean, f"set {name}")
+    notes = _notes(metadata or {})
+    return "\n".join([*lines, *(["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else [])])
 
 
-def results_table(records: Sequence[Record]) -> str:
-    """Markdown: accuracy / ARI per features and probe, the mean over slides first, then slide by slide.
+def slides_table(records: Sequence[Record]) -> str:
+    """Markdown: every slide with the deviation over splits."""
+    check_records(records)
+    lines = ["# Slide by slide", "", "Accuracy ± deviation over splits / adjusted Rand index ± deviation.", ""]
+    for name in distinct(records, "set"):
+        for slide in distinct(matching(records, set=name), "slide"):
+            lines += [f"## {name}: {slide}", ""]
+            of_slide = matching(records, set=name, slide=slide)
+            for split, probe in _tables(of_slide):
+                cells = matching(of_slide, split=split, probe=probe)
+                lines += [f"### {_title(split, probe)}", "", *_rows(cells, _slide_cell), ""]
+    return "\n".join(lines)
 
-    Features, probes and slides stand in the order of their first appearance. A mean over only some of the slides says
-    over how many.
+
+def csv_table(records: Sequence[Record]) -> str:
+    """Every mean and every slide as comma-separated values, a metric and its deviation a column.
+
+    The level says what a line is: of a slide (deviation over splits), of a set (over its slides), of all sets (over
+    sets).
     """
-    _check_records(records)
-    features, probes, slides = (_distinct(records, key) for key in ("features", "probe", "slide"))
-    header = [PROBE_TITLES.get(probe, probe) for probe in probes]
+    check_records(records)
+    metrics = [name for metric in METRICS for name in (metric, f"{metric}_sd")]
+    header = ["level", *PLACE, *metrics, "num_slides", "seen"]
     rows = []
-    for name in features:
-        cells = [_mean_cell(_matching(records, features=name, probe=probe), len(slides)) for probe in probes]
-        rows.append([name, *cells])
-    lines = [f"Accuracy / ARI, mean over {len(slides)} slide(s).", "", *markdown_table(["features", *header], rows)]
-    for slide in slides:
-        lines += ["", f"## {slide}", "", "Accuracy / ARI ± deviation over splits.", ""]
-        on_slide = _matching(records, slide=slide)
-        has_seen = any("seen" in record for record in on_slide)
-        rows = []
-        for name in _distinct(on_slide, "features"):
-            of_features = _matching(on_slide, features=name)
-            cells = [_slide_cell(_matching(of_features, probe=probe)) for probe in probes]
-            seen = ", ".join(dict.fromkeys(str(r["seen"]) for r in of_features if "seen" in r)) or MISSING
-            rows.append([name, *cells, seen] if has_seen else [name, *cells])
-        lines += markdown_table(["features", *header, "seen"] if has_seen else ["features", *header], rows)
-    return "\n".join(lines) + "\n"
-
-
-def plot_ari(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
-    """Save a PNG of horizontal bars: the mean ARI over slides of every features row, one colour per probe."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    _check_records(records)
-    features, probes = _distinct(records, "features"), _distinct(records, "probe")
-    bar_height = 0.8 / len(probes)
-    figure = Figure(figsize=(8, 1.2 + 0.26 * len(features) * (len(probes) + 0.6)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for position, probe in enumerate(probes):
-        means = [_mean(_matching(records, features=name, probe=probe), "ari") for name in features]
-        bars = axes.barh(
-            np.arange(len(features)) - 0.4 + bar_height * (position + 0.5),
-            means,
-            height=bar_height,
-            color=BAR_COLOURS[position % len(BAR_COLOURS)],
-            label=PROBE_TITLES.get(probe, probe),
-        )
-        axes.bar_label(bars, ["" if np.isnan(mean) else f"{mean:.3f}" for mean in means], padding=3, fontsize=8)
-    axes.set_yticks(np.arange(len(features)), features)
-    axes.invert_yaxis()  # the first row on top, as in the table
-    axes.margins(x=0.12, y=0.01)
-    axes.axvline(0, color="0.3", linewidth=0.8)
-    axes.set_xlabel(f"adjusted Rand index, mean over {len(_distinct(records, 'slide'))} slide(s)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(title="probe", loc="outside right upper", frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_whole(Path(path), image.getvalue())
-
-
-def _check_records(records: Sequence[Record]) -> None:
-    """ValueError unless there are records, complete and each of its own slide, features and probe."""
-    if not records:
-        raise ValueError("no records: nothing to report")
-    met = set()
     for record in records:
-        missing = [key for key in REQUIRED_KEYS if key not in record]
-        if missing:
-            raise ValueError(f"a record lacks {', '.join(missing)}: {dict(record)}")
-        place = (record["slide"], record["features"], record["probe"])
-        if place in met:
-            raise ValueError(f"two records of slide {place[0]!r}, features {place[1]!r}, probe {place[2]!r}: keep one")
-        met.add(place)
+        values = {**{key: record[key] for key in PLACE}, **{name: record.get(name) for name in metrics}}
+        rows.append({"level": "slide", **values, "num_slides": 1, "seen": record.get("seen", "")})
+    groups = dict.fromkeys(tuple(r[key] for key in ("split", "features", "smoothing", "probe")) for r in records)
+    places = [dict(zip(("split", "features", "smoothing", "probe"), group, strict=True)) for group in groups]
+    for name in [*distinct(records, "set"), None]:
+        of_set = records if name is None else matching(records, set=name)
+        for place in places:
+            means = {m: (set_mean if name is None else slide_mean)(matching(of_set, **place), m) for m in METRICS}
+            if means["ari"] is not None:
+                row = {"level": "all" if name is None else "set", "set": name or "", "slide": "", **place}
+                for metric, mean in means.items():
+                    row |= {} if mean is None else {metric: mean.value, f"{metric}_sd": mean.deviation}
+                rows.append({**row, "num_slides": means["ari"].num_slides, "seen": means["ari"].seen})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
-def _distinct(records: Iterable[Record], key: str) -> list[str]:
-    return list(dict.fromkeys(record[key] for record in records))
+def write_report(paths: Sequence[Path], output: Path) -> str:
+    """Tables and figures of several `results.json` together.
+
+    Returns:
+        The text of `report.md`.
+
+    Raises:
+        ValueError: a file that is no such results, or two with different numbers for one cell.
+    """
+    records, metadata = merged(paths)
+    text = results_table(records, metadata)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "report.md", text.encode())
+    write_whole(output / "slides.md", slides_table(records).encode())
+    write_whole(output / "report.csv", csv_table(records).encode())
+    plot_bars(records, output / "ari.png")
+    plot_smoothing(records, output / "smoothing.png")
+    for path in paths:
+        for name, maps in load_maps(path.with_name(MAPS_FILE)).items():
+            plot_maps_of_slide(maps, output / f"maps_{name}.png")
+    return text
 
 
-def _matching(records: Iterable[Record], **values: str) -> list[Record]:
-    return [record for record in records if all(record[key] == value for key, value in values.items())]
+def merged(paths: Sequence[Path]) -> tuple[list[Record], dict[str, Any]]:
+    """The records of all files, each cell once, and the files' metadata as far as it concerns slides and sets."""
+    cells: dict[tuple, Record] = {}
+    metadata: dict[str, Any] = {"sets": {}, "smaller_than_a_window": {}}
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found, told = content["records"], content["metadata"]
+            check_records(found)
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold results of eval/run_domain_detection.py ({error}).") from error
+        for record in found:
+            place = tuple(record[key] for key in PLACE)
+            if cells.setdefault(place, record) != record:
+                raise ValueError(f"{path} has other numbers than the files before it for {place}: give one of them.")
+        for key in metadata:
+            metadata[key] |= told.get(key, {})
+    if not cells:
+        raise ValueError("There are no results: give one results.json or several.")
+    return list(cells.values()), metadata
 
 
-def _mean(records: Sequence[Record], key: str) -> float:
-    return float(np.mean([record[key] for record in records])) if records else float("nan")
+# ---------------------------------------------------------------- tables
 
 
-def _mean_cell(records: Sequence[Record], num_slides: int) -> str:
-    if not records:
+def _tables(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Split and probe of every table, split by split."""
+    pairs = dict.fromkeys((record["split"], record["probe"]) for record in records)
+    splits = distinct(records, "split")
+    order = [*(s for s in SPLIT_TITLES if s in splits), *(s for s in splits if s not in SPLIT_TITLES)]
+    return [pair for split in order for pair in pairs if pair[0] == split]
+
+
+def _title(split: str, probe: str) -> str:
+    return f"{split}, {PROBE_TITLES.get(probe, probe)}"
+
+
+def _by_smoothing(records: Sequence[Record], mean_of: MeanOf, title: str) -> list[str]:
+    num_slides = {split: len(distinct(matching(records, split=split), "slide")) for split in distinct(records, "split")}
+    lines = [f"## {title[0].upper()}{title[1:]}", ""]
+    for split, probe in _tables(records):
+        cells = matching(records, split=split, probe=probe)
+        about = f"{SPLIT_TITLES.get(split, split)}; {num_slides[split]} slide(s)"
+        lines += [f"### {_title(split, probe)}", "", f"{about[0].upper()}{about[1:]}.", ""]
+        lines += [*_rows(cells, lambda found, n=num_slides[split]: _mean_cell(found, mean_of, n)), ""]
+    return lines
+
+
+def _rows(records: Sequence[Record], cell: Any) -> list[str]:
+    """A row of every features, a column of every smoothing, and what models saw."""
+    radii = sorted(distinct(records, "smoothing"))
+    rows = []
+    for name in distinct(records, "features"):
+        of_features = matching(records, features=name)
+        mean = set_mean(of_features, "ari")
+        cells = [cell(matching(of_features, smoothing=radius)) for radius in radii]
+        rows.append([name, *cells, (mean.seen if mean else "") or MISSING])
+    return markdown_table(["features", *map(smoothing_name, radii), "seen"], rows)
+
+
+def _paper_layout(records: Sequence[Record], sets: Sequence[str]) -> list[str]:
+    """A row of every features as they are, a column of every set and their mean."""
+    lines = ["## By set, features as they are", ""]
+    as_they_are = matching(records, smoothing=0)
+    for split, probe in _tables(as_they_are):
+        cells = matching(as_they_are, split=split, probe=probe)
+        counts = {name: len(distinct(matching(records, set=name, split=split), "slide")) for name in sets}
+        rows = []
+        for name in distinct(cells, "features"):
+            found = matching(cells, features=name)
+            by_set = [_mean_cell(matching(found, set=s), slide_mean, counts[s]) for s in sets]
+            rows.append([name, *by_set, _mean_cell(found, set_mean, sum(counts.values()))])
+        lines += [f"### {_title(split, probe)}", "", *markdown_table(["features", *sets, "mean"], rows), ""]
+    return lines
+
+
+def _mean_cell(records: Sequence[Record], mean_of: MeanOf, num_slides: int) -> str:
+    ari, accuracy = mean_of(records, "ari"), mean_of(records, "accuracy")
+    if ari is None:
         return MISSING
-    cell = f"{_mean(records, 'accuracy'):.3f} / {_mean(records, 'ari'):.3f}"
-    return cell if len(records) == num_slides else f"{cell} ({len(records)} of {num_slides})"
+    cell = _values(accuracy, ari)
+    return cell if ari.num_slides == num_slides else f"{cell} ({ari.num_slides} of {num_slides})"
+
+
+def _values(accuracy: Mean | None, ari: Mean) -> str:
+    return f"{ari.value:.3f}" if accuracy is None else f"{accuracy.value:.3f} / {ari.value:.3f}"
 
 
 def _slide_cell(records: Sequence[Record]) -> str:
     if not records:
         return MISSING
     (record,) = records
-    return f"{record['accuracy']:.3f} ± {record['accuracy_sd']:.3f} / {record['ari']:.3f} ± {record['ari_sd']:.3f}"
+    shown = [metric for metric in ("accuracy", "ari") if record.get(metric) is not None]
+    deviations = [f" ± {record[f'{m}_sd']:.3f}" if record.get(f"{m}_sd") is not None else "" for m in shown]
+    return " / ".join(f"{record[m]:.3f}{d}" for m, d in zip(shown, deviations, strict=True))
+
+
+def _notes(metadata: Mapping[str, Any]) -> list[str]:
+    notes = [note for of_set in metadata.get("sets", {}).values() for note in of_set["notes"]]
+    small = metadata.get("smaller_than_a_window", {})
+    return notes + [f"{name}: no window fits into {', '.join(slides)}." for name, slides in small.items()]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="results.json of eval/run_domain_detection.py.")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for the report; made if missing.")
+    arguments = parser.parse_args(argv)
+    print(write_report(arguments.results, arguments.output_dir))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,181 +1,216 @@
 r"""Domain detection: do frozen embeddings tell tissue domains apart, and how far ahead of simple features are they?
 
-    python eval/run_domain_detection.py --model runs/her2 --output_dir runs/her2/domains \
-        --slides '$STIMG_DATA/slides/her2st_B1.h5ad' '$STIMG_DATA/slides/her2st_E1.h5ad'
+    python eval/run_domain_detection.py --models patch=runs/patch spot=runs/spot --output_dir runs/domains \
+        --sets dlpfc her2 heart
+    python eval/run_domain_detection.py --model runs/her2 --output_dir runs/her2/domains --slides 'my_slides/*.h5ad'
 
-Probes (k-NN, linear, MLP) are trained on 20 % of a slide's labelled spots and tested on the others, over several random
-splits. Beside the model stand the features that cost nothing: raw expression, its neighbourhood mean, PCA, the bare
-coordinates, and the model before training. Writes `results.json`, `table.md` and two figures into the output folder.
+Probes (k-NN, linear, MLP) are trained on a part of the labelled spots and tested on others, split in three ways:
+`spots` (20 % of one slide's spots, drawn at random, as in the paper), `blocks` (20 % of its tiles of 6 x 6 sites) and
+`slides` (trained on the slides of other patients, or where there are none on other sections). Beside the models stand
+the features that cost nothing: raw expression, PCA, bare coordinates, the first model before training; and all of them
+again after the same mean over 3 x 3, 5 x 5 and 7 x 7 sites. k-means and Leiden show what is found without labels.
+
+Writes `results.json`, `table.md` and figures into the output folder (`eval/report.py` puts several together).
+Embeddings and scores are kept there, too: the same command goes on where it was interrupted.
 """
 
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from anndata import AnnData
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
-from sklearn.preprocessing import StandardScaler
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
-from data_processing.corpus import find_slides, load_pretraining, read_slides, slide_images
-from data_processing.splits import encode_labels, slide_labels, spot_splits
-from eval.baselines.expression import baseline_features
-from eval.probes import PROBES, score
-from eval.provenance import seen
-from eval.report import plot_ari, write_report
-from eval.results import run_metadata
-from modeling_stimg import SlideImage, STImageMAEModel, STPatchProcessor
-from modeling_stimg.plotting import plot_maps
+from data_processing.corpus import load_pretraining
+from data_processing.sources import EVALUATION_SETS
+from eval.clustering import CLUSTERINGS
+from eval.domain_figures import write_figures
+from eval.domain_scores import Plan, Protocol, plan_set, score_all
+from eval.embedders import EncoderEmbedder, load_embedders
+from eval.evaluation_sets import UNLABELLED, EvaluationSet, load_given_set, load_named_set
+from eval.features import Method, baseline_methods, embedder_methods
+from eval.probes import PROBES
+from eval.report import results_table
+from eval.results import run_metadata, write_results
+from eval.resumable import ScoreLog
 
 TRAINED = "stimg"
-RANDOM_START, SINGULAR_START = "untrained, random start", "untrained, singular start"
 
 
 @dataclass
 class DomainDetectionArguments:
     """What to evaluate, and how."""
 
-    model: str = field(metadata={"help": "Model folder, as train/run_pretrain.py writes it, or Hub id."})
-    slides: list[str] = field(metadata={"help": "Labelled slides: files or globs; $VARIABLES are expanded."})
     output_dir: str = field(metadata={"help": "Folder for results.json, table.md and figures; made if missing."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": f"Model folder, as train/run_pretrain.py writes it, or Hub id; its row is called {TRAINED}."},
+    )
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Several models, as name=folder each; the untrained rows are those of the first."},
+    )
+    sets: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Evaluation sets, from $STIMG_DATA: {', '.join(EVALUATION_SETS)}."},
+    )
+    slides: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Labelled slides, one more set: files or globs; $VARIABLES are expanded."},
+    )
+    exclude: list[str] = field(
+        default_factory=list, metadata={"help": "Slides to leave out of all sets, by file name without suffix."}
+    )
     label_key: str = field(default="label", metadata={"help": "Column of obs with the domains."})
     unlabelled: list[str] = field(
-        default_factory=lambda: ["undetermined", "WH"],
-        metadata={"help": "Labels that are no class, beside missing ones."},
+        default_factory=lambda: list(UNLABELLED),
+        metadata={"help": "Labels of --slides that are no class, beside missing ones; named sets know theirs."},
+    )
+    splits: list[str] = field(
+        default_factory=lambda: ["spots", "blocks", "slides"],
+        metadata={"help": "How training and test are told apart: spots, blocks, slides."},
     )
     probes: list[str] = field(
         default_factory=lambda: list(PROBES), metadata={"help": f"Which probes to train: {', '.join(PROBES)}."}
     )
-    num_splits: int = field(default=10, metadata={"help": "Random splits of the labelled spots."})
-    train_share: float = field(default=0.2, metadata={"help": "Share of the labelled spots that trains a probe."})
+    clusterings: list[str] = field(
+        default_factory=lambda: list(CLUSTERINGS),
+        metadata={"help": f"What to find domains with that knows no labels: {', '.join(CLUSTERINGS)}; or none."},
+    )
+    num_splits: int = field(default=10, metadata={"help": "Repetitions of every split."})
+    train_share: float = field(default=0.2, metadata={"help": "Share of the spots, or of the tiles, that trains."})
+    tile_side: int = field(default=6, metadata={"help": "Sites along a tile's side, of the split blocks."})
+    max_train_spots: int = field(
+        default=1000, metadata={"help": "Spots of the training slides that train, at most, of the split slides."}
+    )
     mlp_epochs: int = field(default=800, metadata={"help": "Epochs of the MLP probe."})
     smoothings: list[int] = field(
-        default_factory=lambda: [0, 1],
-        metadata={"help": "Radii in sites of a final neighbourhood mean of the embeddings; a row each."},
+        default_factory=lambda: [0, 1, 2, 3],
+        metadata={"help": "Radii in sites of a mean over every method's features: a column each; 1 is 3 x 3."},
+    )
+    mlp_smoothings: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Those of the radii for which the MLP probe is trained, too."}
     )
     readout: str | None = field(default=None, metadata={"help": "spot, context or both; default: the model's."})
-    device: str | None = field(default=None, metadata={"help": "Where to run the encoder, e.g. cuda."})
-    seed: int = field(default=0, metadata={"help": "Seed of splits, probes, gene draws and the random start."})
+    device: str | None = field(default=None, metadata={"help": "Where to run the encoders, e.g. cuda."})
+    cache: str | None = field(
+        default=None, metadata={"help": "Folder for embeddings; default: embeddings/ in the output folder."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of splits, probes, clusters, gene draws and starts."})
 
 
-def load_encoders(arguments: DomainDetectionArguments) -> dict[str, STImageMAEModel]:
-    """The encoders to compare, by row: at a random start, at the singular start if it had one, and trained."""
-    trained = STImageMAEModel.from_pretrained(arguments.model)
-    set_seed(arguments.seed)
-    encoders = {RANDOM_START: STImageMAEModel(trained.config)}
-    start = Path(arguments.model) / "untrained"
-    told = load_pretraining(start)
-    if told is not None and told[1]["singular_start"]:
-        encoders[SINGULAR_START] = STImageMAEModel.from_pretrained(start)
-    return {**encoders, TRAINED: trained}
+def named_models(arguments: DomainDetectionArguments) -> list[tuple[str, str]]:
+    """Name and folder of every model asked for.
 
-
-def all_features(
-    adata: AnnData,
-    image: SlideImage,
-    encoders: dict[str, STImageMAEModel],
-    processor: STPatchProcessor,
-    arguments: DomainDetectionArguments,
-) -> dict[str, np.ndarray]:
-    """Every row of the table: float32 (n_obs, width) by name."""
-    spots = image.spot_of_obs
-    features = baseline_features(adata.X, image.rows[spots], image.cols[spots], arguments.seed)
-    for name, encoder in encoders.items():
-        for radius in arguments.smoothings:
-            row = name if radius == 0 else f"{name}, {2 * radius + 1}x{2 * radius + 1} mean"
-            embedding = encoder.embed(
-                image,
-                processor,
-                readout=arguments.readout,
-                smoothing=radius,
-                device=arguments.device,
-                seed=arguments.seed,
-            )
-            features[row] = embedding[spots]
-    return features
-
-
-def probe_features(features: dict[str, np.ndarray], labels: np.ndarray, arguments: DomainDetectionArguments) -> list:
-    """A record for every row and probe on one slide; `labels` int64 (n_obs,), -1 = unlabelled."""
-    splits = spot_splits(labels, arguments.num_splits, arguments.train_share, arguments.seed)
-    records = []
-    pairs = [(name, probe) for name in features for probe in arguments.probes]
-    for name, probe_name in tqdm(pairs, desc="probes", leave=False):
-        probe = PROBES[probe_name]
-        if probe_name == "mlp":
-            probe = partial(probe, epochs=arguments.mlp_epochs)
-        scores = score(labels, probe(features[name], labels, splits, arguments.seed), splits)
-        record = {"features": name, "probe": probe_name}
-        for metric, (mean, deviation) in scores.items():
-            record |= {metric: mean, f"{metric}_sd": deviation}
-        records.append(record)
-    return records
-
-
-def k_means(features: np.ndarray, labels: np.ndarray, classes: list[str], seed: int) -> np.ndarray:
-    """As many clusters of standardised features as there are classes, each named after the class it meets most.
-
-    Names are given one to one (Hungarian matching over labelled spots), so that maps share their colours.
-
-    Args:
-        features: float (n, width). labels: int64 (n,), -1 = unlabelled. classes: name of every label.
-
-    Returns:
-        object (n,), names.
+    Raises:
+        ValueError: one without a name.
     """
-    clusters = KMeans(len(classes), n_init=10, random_state=seed).fit_predict(StandardScaler().fit_transform(features))
-    labelled = labels >= 0
-    shared = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    np.add.at(shared, (clusters[labelled], labels[labelled]), 1)
-    _, name_of_cluster = linear_sum_assignment(-shared)
-    return np.array(classes, dtype=object)[name_of_cluster[clusters]]
+    models = [] if arguments.model is None else [(TRAINED, arguments.model)]
+    for text in arguments.models:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--models has {text!r}: write name=folder, such as patch=runs/patch.")
+        models.append((name, folder))
+    return models
+
+
+def load_sets(arguments: DomainDetectionArguments) -> list[EvaluationSet]:
+    """The named sets, then that of the slides given.
+
+    Raises:
+        ValueError: neither of the two, or a slide to exclude that is nowhere.
+    """
+    if not arguments.sets and not arguments.slides:
+        raise ValueError("There is nothing to evaluate on: give --sets or --slides.")
+    sets = []
+    for name in dict.fromkeys(arguments.sets):
+        sets.append(load_named_set(name, arguments.exclude, arguments.label_key))
+    if arguments.slides:
+        here = [] if sets else arguments.exclude  # beside named sets it may be their slide that is excluded
+        given = load_given_set(arguments.slides, here, arguments.label_key, arguments.unlabelled)
+        sets.append(EvaluationSet(given.name, {n: s for n, s in given.slides.items() if n not in arguments.exclude}))
+    return sets
+
+
+def check_choices(arguments: DomainDetectionArguments) -> Protocol:
+    """How to score, from the arguments.
+
+    Raises:
+        ValueError: an unknown probe, split or clustering, or a radius that is none.
+    """
+    for name, known in (("probes", list(PROBES)), ("splits", ["spots", "blocks", "slides"])):
+        unknown = sorted(set(getattr(arguments, name)) - set(known))
+        if unknown:
+            raise ValueError(f"Unknown {name} {unknown}: expected any of {known}.")
+    clusterings = [name for name in arguments.clusterings if name != "none"]
+    unknown = sorted(set(clusterings) - set(CLUSTERINGS))
+    if unknown:
+        raise ValueError(f"Unknown clusterings {unknown}: expected any of {list(CLUSTERINGS)}, or none.")
+    radii = [*arguments.smoothings, *arguments.mlp_smoothings]
+    if not arguments.smoothings or min(radii) < 0:
+        raise ValueError(f"smoothings are {arguments.smoothings}, of the MLP {arguments.mlp_smoothings}: radii from 0.")
+    return Protocol(
+        splits=tuple(dict.fromkeys(arguments.splits)),
+        probes=tuple(dict.fromkeys(arguments.probes)),
+        clusterings=tuple(dict.fromkeys(clusterings)),
+        num_splits=arguments.num_splits,
+        train_share=arguments.train_share,
+        tile_side=arguments.tile_side,
+        max_train_spots=arguments.max_train_spots,
+        mlp_epochs=arguments.mlp_epochs,
+        smoothings=tuple(dict.fromkeys(arguments.smoothings)),
+        mlp_smoothings=tuple(dict.fromkeys(arguments.mlp_smoothings)),
+        seed=arguments.seed,
+    )
+
+
+def metadata_of(
+    arguments: DomainDetectionArguments, protocol: Protocol, plans: list[Plan], embedders: list[EncoderEmbedder]
+) -> dict[str, Any]:
+    """What tells where the numbers came from."""
+    models = {}
+    for name, folder in named_models(arguments):
+        told = load_pretraining(Path(folder))
+        (embedder,) = (e for e in embedders if e.name == name)
+        models[name] = {
+            "embedding": embedder.options,
+            "sample_unit": embedder.processor.sample_unit,
+            "slides": None if told is None else [record.name for record in told[0]],
+            "pretraining": None if told is None else told[1],
+        }
+    small = {
+        embedder.name: names
+        for embedder in embedders
+        if (names := [s.name for plan in plans for s in plan.slides.values() if embedder.is_smaller_than_window(s)])
+    }
+    return run_metadata(
+        arguments.seed,
+        protocol=protocol.told(),
+        sets={plan.name: plan.told() for plan in plans},
+        models=models,
+        smaller_than_a_window=small,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(DomainDetectionArguments).parse_args_into_dataclasses(argv)
-    unknown = set(arguments.probes) - set(PROBES)
-    if unknown:
-        raise ValueError(f"Unknown probes {sorted(unknown)}: expected any of {list(PROBES)}.")
-    slides = read_slides(find_slides(arguments.slides))
-    processor = STPatchProcessor.from_pretrained(arguments.model)
-    encoders = load_encoders(arguments)
+    protocol = check_choices(arguments)
+    models = named_models(arguments)
+    plans = [plan_set(evaluation_set, protocol) for evaluation_set in load_sets(arguments)]
+    embedders = load_embedders(models, arguments.readout, arguments.device, arguments.seed)
     output = Path(arguments.output_dir)
-    told = load_pretraining(Path(arguments.model))
-    corpus = None if told is None else told[0]
-    all_labels = {n: slide_labels(a, arguments.label_key, tuple(arguments.unlabelled)) for n, a in slides.items()}
-    records = []
-    for name, adata in tqdm(slides.items(), desc="slides"):
-        (image,) = slide_images({name: adata}, processor, tell=True)
-        features = all_features(adata, image, encoders, processor, arguments)
-        names = all_labels[name]
-        labels, classes = encode_labels(names)
-        saw = seen(name, adata, corpus)
-        of_models = tuple(k for k in features if k.startswith((TRAINED, SINGULAR_START)))
-        for record in probe_features(features, labels, arguments):
-            records.append({"slide": name, **record, **({"seen": saw} if record["features"] in of_models else {})})
-        if name == next(iter(slides)):
-            output.mkdir(parents=True, exist_ok=True)
-            maps = {f"{name}: labels": names}
-            for row in ("raw", TRAINED):
-                maps[f"{row}: k-means"] = k_means(features[row], labels, classes, arguments.seed)
-            plot_maps(adata, maps, output / "maps.png")
-    metadata = run_metadata(
-        arguments.seed,
-        slides=list(slides),
-        corpus=None if corpus is None else [record.name for record in corpus],
-        pretraining=None if told is None else told[1],
-        num_splits=arguments.num_splits,
-        train_share=arguments.train_share,
-        mlp_epochs=arguments.mlp_epochs,
-        embedding_defaults=encoders[TRAINED].config.embedding_defaults,
-        readout=arguments.readout,
-    )
-    print(write_report(records, metadata, output))
-    plot_ari(records, output / "ari.png")
+    cache = output / "embeddings" if arguments.cache is None else Path(arguments.cache)
+    methods: list[Method] = [*baseline_methods(arguments.seed), *embedder_methods(embedders, cache)]
+    metadata = metadata_of(arguments, protocol, plans, embedders)
+    for line in [line for plan in plans for line in plan.notes] + [
+        f"{name}: no window fits into {', '.join(slides)}" for name, slides in metadata["smaller_than_a_window"].items()
+    ]:
+        print(line, file=sys.stderr)
+    records = score_all(plans, methods, protocol, ScoreLog(output / "scores.jsonl"))
+    table = results_table(records, metadata)
+    write_results(output, records, metadata, table)
+    write_figures(plans, methods, records, output, arguments.seed)
+    print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""The rows of the table: features of a slide's spots, from models and from what costs nothing.
+
+A `Method` gives the features of a slide for probes within it, and the features of several slides in common terms for
+probes across slides. Both come unsmoothed: every method gets the same neighbourhood means, so that none wins by blur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from eval.baselines.across_slides import shared_components, shared_expression
+from eval.baselines.expression import coordinates_only, neighbourhood_mean, principal_components, raw_expression
+from eval.embedders import RANDOM_START, SINGULAR_START, Embedder, EncoderEmbedder, cached
+from eval.evaluation_sets import EvaluationSlide
+
+BY_DEFAULT = ", as embed_slide writes it"
+Within = Callable[[EvaluationSlide], np.ndarray]
+Across = Callable[[Sequence[EvaluationSlide], EvaluationSlide], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: of the row. within: features of one slide, float32 (n_obs, width). across: of training slides and a test
+            slide in common terms, in that order; None where `within` does that already.
+        smoothed: whether it is shown after neighbourhood means, too. seen: what its model saw of a slide.
+    """
+
+    name: str
+    within: Within
+    across: Across | None = None
+    smoothed: bool = True
+    seen: Callable[[EvaluationSlide], str | None] = lambda slide: None
+
+    def on_slides(self, training: Sequence[EvaluationSlide], test: EvaluationSlide) -> list[np.ndarray]:
+        """Features of the training slides, then of the test slide, in common terms."""
+        if self.across is not None:
+            return self.across(training, test)
+        return [self.within(slide) for slide in (*training, test)]
+
+
+def baseline_methods(seed: int = 0) -> list[Method]:
+    """Raw expression, its principal components and bare coordinates."""
+
+    def raw(slide: EvaluationSlide) -> np.ndarray:
+        return raw_expression(slide.adata.X)
+
+    def components(slide: EvaluationSlide) -> np.ndarray:
+        return principal_components(slide.adata.X, seed=seed)
+
+    def raw_across(training: Sequence[EvaluationSlide], test: EvaluationSlide) -> list[np.ndarray]:
+        return shared_expression([slide.adata for slide in training], test.adata)
+
+    def components_across(training: Sequence[EvaluationSlide], test: EvaluationSlide) -> list[np.ndarray]:
+        return shared_components([slide.adata for slide in training], test.adata, seed=seed)
+
+    return [
+        Method("raw", raw, raw_across),
+        Method("PCA", components, components_across),
+        Method("coordinates only", lambda slide: coordinates_only(slide.rows, slide.cols)),
+    ]
+
+
+def embedder_methods(embedders: Sequence[Embedder], cache: Path) -> list[Method]:
+    """A row of every embedder, and of a trained encoder one more: what `embed_slide` writes when not told otherwise."""
+    methods = []
+    for embedder in embedders:
+        embed = cached(embedder, cache)
+        methods.append(Method(embedder.name, embed, seen=embedder.seen))
+        if isinstance(embedder, EncoderEmbedder) and embedder.name not in (RANDOM_START, SINGULAR_START):
+            by_default = partial(_by_default, embedder, embed)
+            methods.append(Method(embedder.name + BY_DEFAULT, by_default, smoothed=False, seen=embedder.seen))
+    return methods
+
+
+def smoothed(features: np.ndarray, slide: EvaluationSlide, radius: int) -> np.ndarray:
+    """The mean over the (2 * radius + 1)-sided square of sites around each spot; with radius 0 the features."""
+    return features if radius == 0 else neighbourhood_mean(features, slide.rows, slide.cols, radius)
+
+
+def _by_default(embedder: EncoderEmbedder, embed: Within, slide: EvaluationSlide) -> np.ndarray:
+    return embedder.smoothed_by_default(slide, embed(slide))
