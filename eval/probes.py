@@ -176,7 +176,8 @@ def mlp_forward(inputs: torch.Tensor, parameters: Sequence[torch.Tensor]) -> lis
     """The inputs (B, d) and every layer's outputs, the last of them the logits (B, classes)."""
     outputs = [inputs]
     for layer in range(0, len(parameters), 2):
-        outputs.append(torch.addmm(parameters[layer + 1], outputs[-1], parameters[layer]))
+        # In two steps: addmm would first copy the bias to every row.
+        outputs.append(torch.mm(outputs[-1], parameters[layer]).add_(parameters[layer + 1]))
         if layer < len(parameters) - 2:
             outputs[-1].relu_()
     return outputs
@@ -214,9 +215,10 @@ def train_mlp(
     optimizer = torch.optim.Adam([flat], lr=LEARNING_RATE, fused=True)
     onehot = torch.nn.functional.one_hot(targets, num_classes).float()
     for _ in range(epochs):
-        for batch in torch.randperm(len(inputs), generator=generator).split(BATCH_SIZE):
-            outputs = mlp_forward(inputs[batch], parameters)
-            error = outputs[-1].softmax(-1).sub_(onehot[batch]).div_(len(batch))  # d loss / d logits
+        order = torch.randperm(len(inputs), generator=generator)
+        for batch, wanted in zip(inputs[order].split(BATCH_SIZE), onehot[order].split(BATCH_SIZE), strict=True):
+            outputs = mlp_forward(batch, parameters)
+            error = outputs[-1].softmax(-1).sub_(wanted).div_(len(batch))  # d loss / d logits
             for layer in reversed(range(0, len(parameters), 2)):
                 into = outputs[layer // 2]
                 torch.mm(into.T, error, out=gradients[layer])

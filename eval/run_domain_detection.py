@@ -92,6 +92,7 @@ class DomainDetectionArguments:
         default_factory=lambda: [0], metadata={"help": "Those of the radii for which the MLP probe is trained, too."}
     )
     readout: str | None = field(default=None, metadata={"help": "spot, context or both; default: the model's."})
+    figures: bool = field(default=True, metadata={"help": "Whether to draw figures beside the tables."})
     device: str | None = field(default=None, metadata={"help": "Where to run the encoders, e.g. cuda."})
     cache: str | None = field(
         default=None, metadata={"help": "Folder for embeddings; default: embeddings/ in the output folder."}
@@ -209,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     records = score_all(plans, methods, protocol, ScoreLog(output / "scores.jsonl"))
     table = results_table(records, metadata)
     write_results(output, records, metadata, table)
-    write_figures(plans, methods, records, output, arguments.seed)
+    if arguments.figures:
+        write_figures(plans, methods, records, output, arguments.seed)
     print(table)
 
 

@@ -4,9 +4,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from data_processing.splits import spot_splits
-from eval.probes import HIDDEN_SIZES, PROBES, _generator, _init_mlps, _train_mlps, mlp_probe, score
+from eval.linear_probe import logistic_regression
+from eval.probes import HIDDEN_SIZES, PROBES, _generator, init_mlp, mlp_probe, score, train_mlp
 
 
 def _blobs(num_spots=90, num_features=12, distance=2.0, seed=0):
@@ -102,52 +108,122 @@ def test_knn_with_few_training_spots_asks_all_of_them():
     assert set(predicted) == {2}
 
 
-def _training_data(num_splits=3, num_spots=40, num_features=6):
+@pytest.mark.parametrize(("width", "seed"), [(3, 0), (40, 1), (200, 2)])
+def test_knn_is_that_of_scikit_learn(width, seed):
+    features, labels = _blobs(num_spots=300, num_features=width, distance=0.3, seed=seed)
+    splits = spot_splits(labels, num_splits=3, seed=seed)
+    for predicted, (train, test) in zip(PROBES["knn"](features, labels, splits, 0), splits, strict=True):
+        knn = KNeighborsClassifier(n_neighbors=10).fit(features[train], labels[train])
+        np.testing.assert_array_equal(predicted, knn.predict(features[test]))
+
+
+def test_knn_takes_the_first_of_equally_distant_spots():
+    """On a grid many distances are equal: the first in the split's order vote, and the lowest class wins a tie."""
+    points = np.stack(np.divmod(np.arange(64), 8), axis=1).astype(np.float32)
+    labels = np.random.default_rng(0).integers(0, 3, 64)
+    splits = spot_splits(labels, num_splits=4, train_share=0.6)
+    for predicted, (train, test) in zip(PROBES["knn"](points, labels, splits, 0), splits, strict=True):
+        for spot, vote in zip(test, predicted, strict=True):
+            distances = ((points[train] - points[spot]) ** 2).sum(axis=1)
+            counts = Counter(labels[train[np.argsort(distances, kind="stable")[:10]]].tolist())
+            assert vote == min(counts, key=lambda label: (-counts[label], label))
+
+
+def _loss(inputs, targets, weights, intercepts):
+    """What scikit-learn minimises with C = 1, for a weight matrix (d, classes)."""
+    log_p = log_softmax(inputs @ weights + intercepts, axis=1)
+    difference = weights[:, 1] - weights[:, 0]
+    penalty = (difference**2).sum() if weights.shape[1] == 2 else (weights**2).sum()
+    return -log_p[np.arange(len(targets)), targets].sum() + penalty / 2
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+@pytest.mark.parametrize(("num_spots", "width"), [(150, 12), (40, 90), (60, 60)])
+def test_logistic_regression_reaches_the_optimum_of_scikit_learn(num_classes, num_spots, width):
+    rng = np.random.default_rng(num_spots)
+    targets = np.concatenate([np.arange(num_classes), rng.integers(0, num_classes, num_spots - num_classes)])
+    inputs = 0.4 * rng.normal(size=(num_classes, width))[targets] + rng.normal(size=(num_spots, width))
+    inputs[:, -1] = inputs[:, 0]  # collinear, as smoothed features are
+    inputs = (inputs - inputs.mean(0)) / inputs.std(0)
+    reference = LogisticRegression(max_iter=10000, tol=1e-10).fit(inputs, targets)
+    coef, intercept = reference.coef_, reference.intercept_
+    if num_classes == 2:  # one vector, for the second class
+        coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
+    optimum = _loss(inputs, targets, coef.T, intercept)
+    weights, intercepts = logistic_regression(inputs, targets)
+    assert optimum <= _loss(inputs, targets, weights, intercepts) + 1e-9
+    assert _loss(inputs, targets, weights, intercepts) < optimum * (1 + 1e-3)
+    weights, intercepts = logistic_regression(inputs, targets, tolerance=1e-5)
+    assert _loss(inputs, targets, weights, intercepts) == pytest.approx(optimum, rel=1e-7)
+    new = rng.normal(size=(500, width))
+    agree = (new @ weights + intercepts).argmax(1) == reference.predict(new)
+    assert agree.mean() > 0.99
+
+
+def test_linear_probe_is_scikit_learn_on_standardised_features():
+    features, labels = _blobs(num_spots=200, distance=0.4)
+    splits = spot_splits(labels, num_splits=3)
+    for predicted, (train, test) in zip(PROBES["linear"](features, labels, splits, 0), splits, strict=True):
+        reference = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000, tol=1e-8))
+        expected = reference.fit(features[train].astype(float), labels[train]).predict(features[test].astype(float))
+        assert (predicted == expected).mean() > 0.99
+
+
+def _training_data(num_spots=40, num_features=6):
     rng = np.random.default_rng(0)
-    inputs = torch.from_numpy(rng.normal(size=(num_splits, num_spots, num_features)).astype(np.float32))
-    return inputs, (inputs[..., 0] > 0).long() + (inputs[..., 1] > 0).long()
+    inputs = torch.from_numpy(rng.normal(size=(num_spots, num_features)).astype(np.float32))
+    return inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long()
 
 
-def test_networks_trained_together_equal_networks_trained_alone():
+def test_the_network_equals_a_plain_sequential_trained_by_adam():
     inputs, targets = _training_data()
-    together = _train_mlps(inputs, targets, 3, [_generator(7, i) for i in range(3)], epochs=8)
-    for i in range(3):
-        alone = _train_mlps(inputs[i : i + 1], targets[i : i + 1], 3, [_generator(7, i)], epochs=8)
-        for parameter, expected in zip(together, alone, strict=True):
-            torch.testing.assert_close(parameter[i : i + 1], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_networks_equal_a_plain_sequential_trained_by_adam():
-    inputs, targets = _training_data(num_splits=2)
-    trained = _train_mlps(inputs, targets, 3, [_generator(7, i) for i in range(2)], epochs=4)
+    trained = train_mlp(inputs, targets, 3, _generator(7, 1), epochs=4)
     generator = _generator(7, 1)
     sizes = (6, *HIDDEN_SIZES, 3)
-    start = _init_mlps(sizes, [generator])
+    _, start = init_mlp(sizes, generator)
     linears = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     with torch.no_grad():
         for layer, linear in enumerate(linears):
-            linear.weight.copy_(start[2 * layer][0].T)
-            linear.bias.copy_(start[2 * layer + 1][0, 0])
+            linear.weight.copy_(start[2 * layer].T)
+            linear.bias.copy_(start[2 * layer + 1])
     network = torch.nn.Sequential(*[part for linear in linears for part in (linear, torch.nn.ReLU())][:-1])
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     for _ in range(4):
         for batch in torch.randperm(40, generator=generator).split(32):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(network(inputs[1, batch]), targets[1, batch]).backward()
+            torch.nn.functional.cross_entropy(network(inputs[batch]), targets[batch]).backward()
             optimizer.step()
     for layer, linear in enumerate(linears):
-        torch.testing.assert_close(trained[2 * layer][1].T, linear.weight.detach(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(trained[2 * layer + 1][1, 0], linear.bias.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trained[2 * layer].T, linear.weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trained[2 * layer + 1], linear.bias.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_networks_start_as_torch_linear_does():
-    weights, biases = _init_mlps((400, 300), [_generator(0, 0), _generator(0, 1)])
-    assert weights.shape == (2, 400, 300)
-    assert biases.shape == (2, 1, 300)
+def test_the_network_starts_as_torch_linear_does():
+    flat, (weights, biases) = init_mlp((400, 300), _generator(0, 0))
+    assert weights.shape == (400, 300)
+    assert biases.shape == (300,)
+    assert flat.shape == (401 * 300,)
     for values in (weights, biases):  # uniform within 1 / sqrt(fan in)
         assert 0.99 / 20 < values.abs().max() <= 1 / 20
         assert abs(values.std() - 1 / 20 / 3**0.5) < 0.002
-    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(flat, init_mlp((400, 300), _generator(0, 1))[0])
+
+
+@every_probe
+def test_the_number_of_threads_changes_no_prediction(name):
+    features, labels = _blobs(distance=0.3)
+    splits = spot_splits(labels, num_splits=3)
+    before = torch.get_num_threads()
+    predictions = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            predictions.append(_probe(name)(features, labels, splits, 0))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*predictions, strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_mlp_of_a_split_does_not_depend_on_the_other_splits():

@@ -1,85 +1,187 @@
+import csv
 import json
 import shutil
 import subprocess
 import sys
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from eval import results
-from eval.report import plot_ari, results_table, write_report
-from eval.results import run_metadata
+from eval.domain_figures import MAPS_FILE, plot_bars, plot_maps_of_slide, plot_smoothing
+from eval.report import csv_table, main, merged, results_table, slides_table
+from eval.results import run_metadata, write_results
 
 
-def _record(slide, features, probe, accuracy=0.5, ari=0.25, **extra):
-    deviations = {"accuracy_sd": 0.01, "ari_sd": 0.02, "macro_f1_sd": 0.03}
-    named = {"slide": slide, "features": features, "probe": probe, "accuracy": accuracy, "ari": ari, "macro_f1": 0.4}
-    return named | deviations | extra
+def _record(slide, features, probe, accuracy=0.5, ari=0.25, set_name="her2", smoothing=0, split="spots", **extra):
+    place = {"set": set_name, "slide": slide, "split": split, "features": features, "smoothing": smoothing}
+    scores = {"accuracy": accuracy, "accuracy_sd": 0.01, "ari": ari, "ari_sd": 0.02, "macro_f1": 0.4}
+    return place | {"probe": probe} | scores | {"macro_f1_sd": 0.03} | extra
 
 
 @pytest.fixture
 def records():
+    """Two small slides of one set and a single one of another."""
     return [
         _record("B1", "raw", "knn", 0.5, 0.2),
+        _record("B1", "raw", "knn", 0.6, 0.3, smoothing=1),
         _record("A1", "raw", "knn", 0.7, np.float64(0.4)),
-        _record("B1", "raw", "mlp", 0.6, 0.3, seen="yes"),
-        _record("B1", "PCA", "mlp", 0.8, np.float32(0.5)),
+        _record("A1", "raw", "knn", 0.8, 0.5, smoothing=1),
+        _record("h1", "raw", "knn", 0.9, 0.8, set_name="heart"),
+        _record("B1", "patch", "knn", 0.6, 0.3, seen="same patient"),
+        _record("A1", "patch", "knn", 0.8, np.float32(0.5), seen="same patient"),
+        _record("h1", "patch", "knn", 1.0, 0.9, set_name="heart", seen="unseen patient"),
+        _record("B1", "raw", "mlp", 0.5, 0.2),
+        {
+            "set": "her2",
+            "slide": "B1",
+            "split": "no labels",
+            "features": "raw",
+            "smoothing": 0,
+            "probe": "leiden",
+            "ari": 0.7,
+        },
     ]
 
 
-def test_the_table_averages_over_slides_in_order_of_appearance(records):
+def _write(records, metadata, folder):
+    write_results(folder, records, metadata, "table")
+    return folder / "results.json"
+
+
+def test_means_are_taken_within_sets_and_then_over_sets(records):
     lines = results_table(records).splitlines()
-    assert lines[2:6] == [
-        "| features | k-NN | MLP |",
-        "| --- | --- | --- |",
-        "| raw | 0.600 / 0.300 | 0.600 / 0.300 (1 of 2) |",
-        "| PCA | – | 0.800 / 0.500 (1 of 2) |",  # noqa: RUF001
+    assert lines[lines.index("### spots, k-NN") + 2 :][:6] == [
+        "Trained on 20 % of a slide's spots at random; 3 slide(s).",
+        "",
+        "| features | none | 3x3 | seen |",
+        "| --- | --- | --- | --- |",
+        # not the mean over three slides, 0.700 / 0.467
+        "| raw | 0.750 / 0.550 | 0.700 / 0.400 (2 of 3) | – |",  # noqa: RUF001
+        "| patch | 0.850 / 0.650 | – | 2 same patient, 1 unseen patient |",  # noqa: RUF001
     ]
-    assert [line for line in lines if line.startswith("## ")] == ["## B1", "## A1"]
-    assert "| raw | 0.500 ± 0.010 / 0.200 ± 0.020 | 0.600 ± 0.010 / 0.300 ± 0.020 | yes |" in lines  # B1
-    assert lines[-1] == "| raw | 0.700 ± 0.010 / 0.400 ± 0.020 | – |"  # noqa: RUF001 - A1: no "seen" there
+    assert "| raw | 0.500 / 0.200 (1 of 3) | – |" in lines  # noqa: RUF001 - the MLP
+    assert "| raw | 0.700 | – |" in lines  # noqa: RUF001 - Leiden knows no accuracy
+
+
+def test_the_papers_layout_has_a_column_a_set(records):
+    lines = results_table(records).splitlines()
+    start = lines.index("## By set, features as they are")
+    assert lines[start + 4 : start + 8] == [
+        "| features | her2 | heart | mean |",
+        "| --- | --- | --- | --- |",
+        "| raw | 0.600 / 0.300 | 0.900 / 0.800 | 0.750 / 0.550 |",
+        "| patch | 0.700 / 0.400 | 1.000 / 0.900 | 0.850 / 0.650 |",
+    ]
+    assert [line for line in lines if line.startswith("## ")] == [
+        "## Mean over sets",
+        "## By set, features as they are",
+        "## Set her2",
+        "## Set heart",
+    ]
+    one = results_table([record for record in records if record["set"] == "heart"])
+    assert [line for line in one.splitlines() if line.startswith("## ")] == ["## Set heart"]
+
+
+def test_notes_of_the_results_are_printed(records):
+    metadata = {"sets": {"her2": {"notes": ["B1: trained on A1."]}}, "smaller_than_a_window": {"patch": ["h1"]}}
+    lines = results_table(records, metadata).splitlines()
+    assert lines[lines.index("## Notes") + 2 :] == ["- B1: trained on A1.", "- patch: no window fits into h1."]
+
+
+def test_slides_stand_with_their_deviations(records):
+    lines = slides_table(records).splitlines()
+    start = lines.index("## her2: B1")
+    assert lines[start + 2 : start + 8] == [
+        "### spots, k-NN",
+        "",
+        "| features | none | 3x3 | seen |",
+        "| --- | --- | --- | --- |",
+        "| raw | 0.500 ± 0.010 / 0.200 ± 0.020 | 0.600 ± 0.010 / 0.300 ± 0.020 | – |",  # noqa: RUF001
+        "| patch | 0.600 ± 0.010 / 0.300 ± 0.020 | – | same patient |",  # noqa: RUF001
+    ]
+    assert "| raw | 0.700 | – |" in lines  # noqa: RUF001
+
+
+def test_the_csv_holds_every_level(records):
+    rows = list(csv.DictReader(csv_table(records).splitlines()))
+    assert [row["level"] for row in rows].count("slide") == len(records)
+    place = {"split": "spots", "features": "raw", "smoothing": "0", "probe": "knn"}
+    found = {(r["level"], r["set"]): r for r in rows if r["level"] != "slide" and place.items() <= r.items()}
+    assert set(found) == {("set", "her2"), ("set", "heart"), ("all", "")}
+    assert float(found["set", "her2"]["ari"]) == pytest.approx(0.3)
+    assert float(found["set", "her2"]["ari_sd"]) == pytest.approx(0.1)  # over slides
+    assert float(found["all", ""]["ari"]) == pytest.approx(0.55)
+    assert float(found["all", ""]["ari_sd"]) == pytest.approx(0.25)  # over sets
+    assert found["all", ""]["num_slides"] == "3"
+
+
+def test_several_results_make_one_report(records, tmp_path, capsys):
+    first = _write(records[:5], {"sets": {"her2": {"notes": ["one."]}}}, tmp_path / "a")
+    second = _write(records[4:], {"sets": {"heart": {"notes": ["two."]}}}, tmp_path / "b")  # one cell in both
+    maps = {"slide": "B1", "positions": [[0, 0], [1, 0], [0, 1]], "pitch": 1.0, "classes": ["x", "y"]}
+    maps["maps"] = {"labels": ["x", "y", None], "raw": ["y", "y", "x"]}
+    second.with_name(MAPS_FILE).write_text(json.dumps({"her2": maps}))
+    main([str(first), str(second), "--output_dir", str(tmp_path / "report")])
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == text + "\n"
+    assert results_table(records) in text
+    assert "- one.\n- two." in text
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert names == {"report.md", "slides.md", "report.csv", "ari.png", "smoothing.png", "maps_her2.png"}
+
+
+def test_results_that_contradict_each_other_or_are_none_are_refused(records, tmp_path):
+    first = _write(records, {}, tmp_path / "a")
+    second = _write([records[0] | {"ari": 0.9}], {}, tmp_path / "b")
+    with pytest.raises(ValueError, match="other numbers than the files before it"):
+        merged([first, second])
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ValueError, match="does not hold results of eval/run_domain_detection"):
+        merged([tmp_path / "other.json"])
 
 
 def test_report_files_hold_records_and_metadata(records, tmp_path):
-    text = write_report(records, {"seed": np.int64(3), "shape": np.arange(2)}, tmp_path / "new" / "folder")
+    write_results(tmp_path / "new" / "folder", records, {"seed": np.int64(3), "shape": np.arange(2)}, "table")
     folder = tmp_path / "new" / "folder"
-    assert (folder / "table.md").read_text(encoding="utf-8") == text == results_table(records)
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert results["metadata"] == {"seed": 3, "shape": [0, 1]}
-    assert results["records"] == records
+    assert (folder / "table.md").read_text(encoding="utf-8") == "table"
+    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert content["metadata"] == {"seed": 3, "shape": [0, 1]}
+    assert content["records"] == records
     assert sorted(path.name for path in folder.iterdir()) == ["results.json", "table.md"]
 
 
 @pytest.mark.parametrize(("metadata", "error"), [({"x": float("nan")}, ValueError), ({"x": object()}, TypeError)])
 def test_what_json_cannot_hold_is_refused_and_an_old_report_stays(records, tmp_path, metadata, error):
-    write_report(records, {"run": 1}, tmp_path)
+    write_results(tmp_path, records, {"run": 1}, "old")
     with pytest.raises(error):
-        write_report(records[:1], metadata, tmp_path)
+        write_results(tmp_path, records[:1], metadata, "new")
     assert json.loads((tmp_path / "results.json").read_text())["metadata"] == {"run": 1}
-    assert (tmp_path / "table.md").read_text(encoding="utf-8") == results_table(records)
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == "old"
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_rest(records, tmp_path, monkeypatch):
-    write_report(records, {"run": 1}, tmp_path)
+    write_results(tmp_path, records, {"run": 1}, "old")
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(results.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_report(records, {"run": 2}, tmp_path)
+        write_results(tmp_path, records, {"run": 2}, "new")
     assert json.loads((tmp_path / "results.json").read_text())["metadata"] == {"run": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "table.md"]
 
 
 def test_incomplete_or_repeated_records_are_refused(records, tmp_path):
     with pytest.raises(ValueError, match="no records"):
-        write_report([], {}, tmp_path)
-    with pytest.raises(ValueError, match="lacks ari_sd"):
-        results_table([{key: value for key, value in records[0].items() if key != "ari_sd"}])
-    with pytest.raises(ValueError, match="two records of slide 'B1'"):
-        plot_ari([records[0], records[0]], tmp_path / "ari.png")
+        results_table([])
+    with pytest.raises(ValueError, match="lacks ari"):
+        results_table([{key: value for key, value in records[0].items() if key != "ari"}])
+    with pytest.raises(ValueError, match="two records of set 'her2', slide 'B1'"):
+        plot_bars([records[0], records[0]], tmp_path / "ari.png")
 
 
 def test_metadata_tell_seed_versions_date_and_extras():
@@ -132,18 +234,56 @@ def test_no_git_no_commit(monkeypatch, tmp_path):
     assert run_metadata(0)["commit"] is None
 
 
-def test_the_figure_is_a_png_that_shows_every_row(records, tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every figure that is saved."""
     from matplotlib.figure import Figure
 
-    drawn = []
+    figures = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), save(self, *args, **kwargs))[1]
+        Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))[1]
     )
-    plot_ari(records, tmp_path / "ari.png")
+    return figures
+
+
+def test_bars_show_every_row_with_its_value(records, tmp_path, drawn):
+    plot_bars(records, tmp_path / "ari.png")
     assert (tmp_path / "ari.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["ari.png"]
-    (axes,) = drawn[0].axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["raw", "PCA"]
-    widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
-    np.testing.assert_allclose(widths, [[0.3, np.nan], [0.3, 0.5]], rtol=1e-6)
+    spots, no_labels = drawn[0].axes
+    assert [label.get_text() for label in spots.get_yticklabels()] == ["raw", "patch"]
+    widths = [[bar.get_width() for bar in bars] for bars in spots.containers]
+    np.testing.assert_allclose(widths, [[0.55, 0.65], [0.2, np.nan]], rtol=1e-6)
+    assert spots.get_xlabel() == no_labels.get_xlabel() == "adjusted Rand index"
+    fills = [(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in (*spots.containers, *no_labels.containers)]
+    assert len(set(fills)) == len({hatch for _, hatch in fills}) == 3  # told apart without colours, too
+
+
+def test_curves_over_smoothing_are_named_and_marked(records, tmp_path, drawn):
+    more = [_record("h1", name, "knn", ari=0.1 * r, set_name="heart", smoothing=r) for name in "ab" for r in (0, 1)]
+    plot_smoothing([*records, *more], tmp_path / "smoothing.png")
+    (axes,) = [ax for ax in drawn[0].axes if ax.axison]
+    assert axes.get_xlabel() == "sites of the neighbourhood mean"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["none", "3x3"]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.55, 0.4])
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "raw"]  # by the height of their ends
+    assert len({line.get_marker() for line in axes.lines}) == 3
+
+
+def test_maps_give_each_domain_one_colour_and_name_it(tmp_path: Path, drawn):
+    positions = np.stack(np.divmod(np.arange(40), 8), axis=1)
+    classes = [f"domain {i}" for i in range(10)]
+    labels = [classes[i % 10] for i in range(39)] + [None]
+    maps = {"labels": labels, "raw": labels[::-1]}
+    content = {"slide": "B1", "positions": positions.tolist(), "pitch": 1.0, "classes": classes, "maps": maps}
+    plot_maps_of_slide(content, tmp_path / "maps.png")
+    assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+    figure = drawn[0]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*classes, "no label"]
+    handles = [(handle.get_color(), handle.get_marker()) for handle in legend.legend_handles]
+    assert len(set(handles)) == 11
+    assert [text.get_text() for text in figure.axes[0].texts] == classes
+    for collections in zip(*(ax.collections for ax in figure.axes), strict=True):
+        assert len({tuple(c.get_facecolor()[0]) for c in collections}) == 1

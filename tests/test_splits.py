@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_processing.splits import encode_labels, slide_labels, spot_splits
+from data_processing.splits import (
+    Transfer,
+    block_splits,
+    encode_labels,
+    slide_labels,
+    spot_splits,
+    transfer_splits,
+    transfers,
+)
 
 
 def _labels(num_labelled: int, num_unlabelled: int, seed: int = 0) -> np.ndarray:
@@ -91,3 +99,114 @@ def test_slide_labels_name_the_columns_there_are():
     adata = ad.AnnData(np.zeros((2, 1), dtype=np.float32), obs=pd.DataFrame({"layer": ["a", "b"]}, index=["0", "1"]))
     with pytest.raises(ValueError, match=r"no column 'label'.*'layer'"):
         slide_labels(adata)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def _grid(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, rows and columns of a slide with every tenth site empty and some spots unlabelled."""
+    rows, cols = np.divmod(np.arange(height * width), width)
+    there = np.random.default_rng(seed).random(len(rows)) > 0.1
+    rows, cols = rows[there], cols[there]
+    return _labels(len(rows) - 4, 1, seed), rows, cols
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    height=st.integers(7, 20),
+    width=st.integers(7, 20),
+    side=st.integers(2, 6),
+    train_share=st.floats(0.2, 0.7),
+    seed=st.integers(0, 2**32),
+)
+def test_blocks_never_share_a_tile(height, width, side, train_share, seed):
+    labels, rows, cols = _grid(height, width)
+    labelled = [i for i, label in enumerate(labels) if isinstance(label, str) and label]
+    tile = list(zip(rows // side, cols // side, strict=True))
+    num_tiles = len({tile[i] for i in labelled})
+    splits = block_splits(labels, rows, cols, 3, train_share, seed, side, min_train_spots=2)
+    for train, test in splits:
+        assert train.dtype == test.dtype == np.int64
+        assert sorted([*train, *test]) == labelled
+        trained = {tile[i] for i in train}
+        assert not trained & {tile[i] for i in test}
+        assert len(trained) == min(max(round(train_share * num_tiles), 1), num_tiles - 1)
+        assert len(set(labels[train])) >= 2
+
+
+def test_a_blocked_split_does_not_depend_on_how_many_are_drawn():
+    labels, rows, cols = _grid(20, 20)
+    three, five = (block_splits(labels, rows, cols, number, seed=4) for number in (3, 5))
+    for (train, test), (same_train, same_test) in zip(three, five[:3], strict=True):
+        np.testing.assert_array_equal(train, same_train)
+        np.testing.assert_array_equal(test, same_test)
+    assert len({tuple(train) for train, _ in five}) == 5
+
+
+def test_draws_with_one_class_or_few_spots_are_replaced():
+    """Four tiles in a row of one class each, a fifth with both: only draws with the fifth or with two classes count."""
+    cols = np.repeat(np.arange(30), 6)
+    rows = np.tile(np.arange(6), 30)
+    labels = np.where(cols < 18, "a", "b").astype(object)
+    labels[(cols >= 24) & (rows % 2 == 0)] = "a"
+    for train, _ in block_splits(labels, rows, cols, num_splits=20):
+        assert set(cols[train] // 6) == {4}
+    with pytest.raises(ValueError, match=r"1 from 5 tiles of 6 x 6 sites never held two classes and 40 spots"):
+        block_splits(labels, rows, cols, min_train_spots=40)
+    with pytest.raises(ValueError, match="one tile of 60 x 60 sites"):
+        block_splits(labels, rows, cols, side=60)
+
+
+def test_classes_absent_from_the_training_tiles_stay_in_the_test():
+    labels, rows, cols = _grid(18, 18)
+    labels[(rows < 2) & (cols < 2)] = "rare"  # in one tile alone
+    splits = block_splits(labels, rows, cols, num_splits=10)
+    absent = [test for train, test in splits if "rare" not in labels[train]]
+    assert absent
+    assert all("rare" in labels[test] for test in absent)
+
+
+# ---------------------------------------------------------------- slides
+
+
+def test_other_patients_train_where_there_are_any():
+    patients = {"a1": "a", "a2": "a", "b1": "b", "c1": "c"}
+    assert transfers(patients) == [
+        Transfer("a1", ("b1", "c1"), "other patients"),
+        Transfer("a2", ("b1", "c1"), "other patients"),
+        Transfer("b1", ("a1", "a2", "c1"), "other patients"),
+        Transfer("c1", ("a1", "a2", "b1"), "other patients"),
+    ]
+
+
+def test_other_sections_train_where_no_other_patient_is_known():
+    same = {frozenset(("a1", "a2"))}
+    patients = {"a1": "a", "a2": "a", "a3": "a", "unknown": ""}
+    assert transfers(patients, same) == [
+        Transfer("a1", ("a3", "unknown"), "other sections", ("a2",)),
+        Transfer("a2", ("a3", "unknown"), "other sections", ("a1",)),
+        Transfer("a3", ("a1", "a2", "unknown"), "other sections"),
+        Transfer("unknown", ("a1", "a2", "a3"), "other sections"),
+    ]
+    assert transfers({"a1": "a", "a2": "a"}, same) == []  # nothing is left to train on
+    assert transfers({"a1": "a"}) == []
+
+
+def test_splits_across_slides_use_the_classes_of_both_and_count_the_others():
+    training = np.array(["a"] * 30 + ["b"] * 30 + ["c"] * 5 + [None], dtype=object)
+    test = np.array(["a"] * 4 + ["b"] * 4 + ["d"] * 3 + [None], dtype=object)
+    splits, dropped = transfer_splits(training, test, num_splits=4, max_train_spots=20)
+    assert dropped == {"training": {"c": 5}, "test": {"d": 3}}
+    labels = np.concatenate([training, test])
+    for train, tested in splits:
+        assert len(train) == 20
+        assert train.max() < len(training)
+        assert set(labels[train]) == {"a", "b"}
+        np.testing.assert_array_equal(tested, len(training) + np.arange(8))
+    assert len({tuple(train) for train, _ in splits}) == 4
+    whole, _ = transfer_splits(training, test, num_splits=2)
+    for train, _ in whole:
+        np.testing.assert_array_equal(train, np.arange(60))
+    with pytest.raises(ValueError, match=r"1 in common, a probe needs 2"):
+        transfer_splits(training[:30], test)

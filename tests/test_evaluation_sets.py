@@ -1,0 +1,88 @@
+"""Named sets are found in STIMG_DATA, and what cannot be used is said in one sentence."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_processing.phantom import PhantomTissue
+from eval.evaluation_sets import load_given_set, load_named_set, load_slide, named_paths
+
+SLIDES = {  # name: (role, patient)
+    "dlpfc_151673_g80": ("labelled", "Br8100"),
+    "dlpfc_151507": ("unlabelled", "Br5292"),
+    "her2st_A1": ("labelled", "A"),
+    "her2st_B1": ("labelled", "B"),
+    "her2st_A2": ("unlabelled", "A"),
+    "gone_from_the_folder": ("labelled", "A"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tissue: PhantomTissue) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "slides").mkdir()
+    rows = [f"{name}\t{role}\t{patient}" for name, (role, patient) in SLIDES.items()]
+    (folder / "slides.tsv").write_text("\n".join(["name\trole\tpatient", *rows]) + "\n")
+    for seed, name in enumerate(list(SLIDES)[:-1]):
+        slide = tissue.slide(seed, height=8, width=8)
+        del slide.uns["meta"]
+        slide.obs["label"] = slide.obs["label"].astype(str).replace({"layer 4": "undetermined"})
+        slide.write_h5ad(folder / "slides" / f"{name}.h5ad")
+    return folder
+
+
+def test_named_sets_hold_their_labelled_slides(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("STIMG_DATA", str(folder))
+    assert list(named_paths("her2")) == ["her2st_A1", "her2st_B1"]
+    assert list(named_paths("dlpfc")) == ["dlpfc_151673_g80"]  # an id of the manifest, with a suffix
+    her2 = load_named_set("her2")
+    assert [slide.patient for slide in her2.slides.values()] == ["A", "B"]
+    slide = her2.slides["her2st_A1"]
+    assert "undetermined" not in slide.classes
+    assert {None, "layer 1"} <= set(slide.labels)
+    assert (slide.codes >= 0).sum() == (slide.labels != None).sum()  # noqa: E711 - entry by entry
+    assert list(load_named_set("her2", exclude=["her2st_A1"]).slides) == ["her2st_B1"]
+    assert "undetermined" in load_named_set("dlpfc").slides["dlpfc_151673_g80"].classes  # a class as any other there
+
+
+def test_what_is_missing_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("STIMG_DATA", str(folder))
+    with pytest.raises(
+        ValueError, match=r"no labelled slide of the set 'tonsil': it needs tonsil \(from Zenodo 17093158\)"
+    ):
+        named_paths("tonsil")
+    with pytest.raises(ValueError, match="no evaluation set 'liver': expected one of dlpfc"):
+        named_paths("liver")
+    with pytest.raises(ValueError, match="All slides of the set 'dlpfc' are excluded"):
+        load_named_set("dlpfc", exclude=["dlpfc_151673_g80"])
+    monkeypatch.setenv("STIMG_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no slides\.tsv"):
+        named_paths("heart")
+    monkeypatch.delenv("STIMG_DATA")
+    with pytest.raises(ValueError, match=r"\$STIMG_DATA, which is not set: it needs dlpfc_151507, .* and others"):
+        named_paths("dlpfc")
+
+
+def test_slides_that_cannot_be_scored_are_named(folder: Path):
+    path = folder / "slides" / "her2st_A1.h5ad"
+    with pytest.raises(ValueError, match="her2st_A1: obs has no column 'layer'"):
+        load_slide(path, "layer", ())
+    domains = ["layer 1", "layer 2", "layer 3", "undetermined", "nodule", "core"]
+    with pytest.raises(ValueError, match=r"her2st_A1: obs\['label'\] has no labelled spot"):
+        load_slide(path, "label", domains)
+    with pytest.raises(ValueError, match=r"her2st_A1: obs\['label'\] has the class 'layer 1' alone"):
+        load_slide(path, "label", domains[1:])
+
+
+def test_given_slides_are_a_set(folder: Path):
+    given = load_given_set([str(folder / "slides" / "her2st_*.h5ad")], exclude=["her2st_A2"])
+    assert list(given.slides) == ["her2st_A1", "her2st_B1"]
+    slide = given.slides["her2st_B1"]
+    np.testing.assert_array_equal(slide.rows, np.unique(slide.adata.obs["array_row"], return_inverse=True)[1])
+
+
+@pytest.mark.real_data
+def test_the_sets_of_this_project_are_there(real_data: Path):
+    patients = {name: {p for _, p in named_paths(name).values()} for name in ("dlpfc", "her2", "heart")}
+    assert patients == {"dlpfc": {"Br8100", "Br5292"}, "her2": set("ABCDEFG"), "heart": {"CN73", "CN74"}}
