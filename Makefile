@@ -21,10 +21,11 @@ demo: $(STAMP)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train/run_pretrain.py --config train/configs/demo.yaml
 	$(BIN)/python eval/run_domain_detection.py --model demo/model --output_dir demo \
-		--slides demo/slides/phantom_06.h5ad demo/slides/phantom_07.h5ad --num_splits 5 --mlp_epochs 100
+		--slides demo/slides/phantom_06.h5ad demo/slides/phantom_07.h5ad --num_splits 3 --mlp_epochs 50 \
+		--max_train_spots 400
 	$(BIN)/stimg embed demo/slides/phantom_06.h5ad --model demo/model --output demo/phantom_06.h5ad \
 		--plot demo/phantom_06.png --num-domains 6
-	@echo "The table is demo/table.md, the figures are demo/maps.png and demo/ari.png."
+	@echo "The table is demo/table.md, the figures are demo/maps_slides.png, demo/ari.png and demo/smoothing.png."
 
 # A file a process: fixtures are shared within a file. A thread each, so that processes do not wait for each other.
 test: $(STAMP) lint

@@ -7,7 +7,8 @@ import random
 import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.neighbors import kneighbors_graph
-from threadpoolctl import threadpool_limits
+
+from eval.threads import one_thread
 
 NUM_NEIGHBOURS = 15
 MAX_BISECTIONS = 30
@@ -17,7 +18,7 @@ FIRST_RESOLUTION = 1.0
 def k_means(features: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     """int64 (n,): clusters of the features as they are, the best of 10 starts."""
     _check_spots(features, num_clusters)
-    with threadpool_limits(1):  # several threads add up in the order in which they finish
+    with one_thread():  # several threads add up in the order in which they finish
         return KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(features).astype(np.int64)
 
 
@@ -30,7 +31,7 @@ def leiden(features: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     _check_spots(features, num_clusters)
     import igraph
 
-    with threadpool_limits(1):
+    with one_thread():
         graph = kneighbors_graph(features, min(NUM_NEIGHBOURS, len(features) - 1), mode="connectivity").tocoo()
     pairs = np.unique(np.sort(np.stack([graph.row, graph.col], axis=1), axis=1), axis=0)
     network = igraph.Graph(n=len(features), edges=pairs.tolist())
