@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from anndata import AnnData
 
-from data_processing.corpus import find_slides, slide_name, slide_patient
+from data_processing.corpus import slide_name, slide_patient
 from data_processing.sources import EVALUATION_SETS, Source, read_manifest
 from data_processing.splits import encode_labels, slide_labels
 from modeling_stimg import read_slide
@@ -102,14 +102,9 @@ def load_named_set(name: str, exclude: Sequence[str] = (), label_key: str | None
 
 
 def load_given_set(
-    patterns: Sequence[str],
-    exclude: Sequence[str] = (),
-    label_key: str = "label",
-    unlabelled: Sequence[str] = UNLABELLED,
-    name: str = "slides",
+    paths: Sequence[Path], label_key: str = "label", unlabelled: Sequence[str] = UNLABELLED, name: str = "slides"
 ) -> EvaluationSet:
-    """A set of files, as `find_slides` finds them."""
-    paths = find_slides(patterns, exclude)
+    """A set of files that `read_slide` reads."""
     if not paths:
         raise ValueError("All slides are excluded: exclude fewer.")
     return EvaluationSet(name, {slide_name(path): load_slide(path, label_key, unlabelled) for path in paths})

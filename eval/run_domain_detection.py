@@ -21,13 +21,13 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from data_processing.corpus import load_pretraining
+from data_processing.corpus import find_slides, load_pretraining, slide_name
 from data_processing.sources import EVALUATION_SETS
 from eval.clustering import CLUSTERINGS
 from eval.domain_figures import write_figures
 from eval.domain_scores import Plan, Protocol, plan_set, score_all
 from eval.embedders import EncoderEmbedder, load_embedders
-from eval.evaluation_sets import UNLABELLED, EvaluationSet, load_given_set, load_named_set
+from eval.evaluation_sets import UNLABELLED, EvaluationSet, load_given_set, load_named_set, named_paths
 from eval.features import Method, baseline_methods, embedder_methods
 from eval.probes import PROBES
 from eval.report import results_table
@@ -123,13 +123,16 @@ def load_sets(arguments: DomainDetectionArguments) -> list[EvaluationSet]:
     """
     if not arguments.sets and not arguments.slides:
         raise ValueError("There is nothing to evaluate on: give --sets or --slides.")
-    sets = []
-    for name in dict.fromkeys(arguments.sets):
-        sets.append(load_named_set(name, arguments.exclude, arguments.label_key))
+    names = list(dict.fromkeys(arguments.sets))
+    there = [slide for name in names for slide in named_paths(name)]
+    there += [slide_name(path) for path in (find_slides(arguments.slides) if arguments.slides else [])]
+    missing = sorted(set(arguments.exclude) - set(there))
+    if missing:
+        raise ValueError(f"Excluded slides {missing} are not among the {len(there)} slides found: check the names.")
+    sets = [load_named_set(name, arguments.exclude, arguments.label_key) for name in names]
     if arguments.slides:
-        here = [] if sets else arguments.exclude  # beside named sets it may be their slide that is excluded
-        given = load_given_set(arguments.slides, here, arguments.label_key, arguments.unlabelled)
-        sets.append(EvaluationSet(given.name, {n: s for n, s in given.slides.items() if n not in arguments.exclude}))
+        given = [path for path in find_slides(arguments.slides) if slide_name(path) not in arguments.exclude]
+        sets.append(load_given_set(given, arguments.label_key, arguments.unlabelled))
     return sets
 
 

@@ -79,7 +79,13 @@ def score(
     if len(predictions) != len(splits) or not splits:
         raise ValueError(f"{len(predictions)} predictions for {len(splits)} splits: give one per split, at least one")
     labels = np.asarray(labels)
-    scores = [probe_scores(found, labels[test]) for found, (_, test) in zip(predictions, splits, strict=True)]
+    met: dict[tuple[bytes, bytes], dict[str, float]] = {}  # splits may repeat, and so do their scores then
+    scores = []
+    for found, (_, test) in zip(predictions, splits, strict=True):
+        key = (np.asarray(found).tobytes(), np.asarray(test).tobytes())
+        if key not in met:
+            met[key] = probe_scores(found, labels[test])
+        scores.append(met[key])
     columns = {name: [one[name] for one in scores] for name in scores[0]}
     return {name: (float(np.mean(column)), float(np.std(column))) for name, column in columns.items()}
 

@@ -163,7 +163,7 @@ def test_the_default_row_is_what_embed_slide_writes(folder: Path, checkpoint: Pa
     model = STImageMAEModel.from_pretrained(checkpoint)
     model.config.embedding_defaults = {"smoothing": 2, "stride": 4}
     processor = STPatchProcessor.from_pretrained(checkpoint)
-    evaluation_set = load_given_set([str(folder / "*.h5ad")])
+    evaluation_set = load_given_set(sorted(folder.glob("*.h5ad")))
     embedder = EncoderEmbedder("stimg", model, processor)
     for slide in evaluation_set.slides.values():
         plain = embedder.embed(slide)
@@ -214,7 +214,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_computes_nothing(
 
 
 def test_embeddings_are_made_once_for_a_model_and_a_slide(folder: Path, checkpoint: Path, tmp_path: Path):
-    (slide, other) = load_given_set([str(folder / "*.h5ad")]).slides.values()
+    (slide, other) = load_given_set(sorted(folder.glob("*.h5ad"))).slides.values()
     calls = []
 
     def embedder(name: str = "stimg", **options) -> EncoderEmbedder:
@@ -283,7 +283,7 @@ def test_sections_that_share_spots_do_not_train_each_other(tissue: PhantomTissue
     whole[:150].copy().write_h5ad(tmp_path / "first.h5ad")
     whole[60:].copy().write_h5ad(tmp_path / "second.h5ad")
     other.write_h5ad(tmp_path / "third.h5ad")
-    plan = plan_set(load_given_set([str(tmp_path / "*.h5ad")]), Protocol(splits=("slides",)))
+    plan = plan_set(load_given_set(sorted(tmp_path.glob("*.h5ad"))), Protocol(splits=("slides",)))
     assert plan.same_spots == [("first", "second")]
     trained = {one.transfer.test: one.transfer.training for one in plan.across}
     assert trained == {"first": ("third",), "second": ("third",), "third": ("first", "second")}

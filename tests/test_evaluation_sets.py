@@ -76,7 +76,7 @@ def test_slides_that_cannot_be_scored_are_named(folder: Path):
 
 
 def test_given_slides_are_a_set(folder: Path):
-    given = load_given_set([str(folder / "slides" / "her2st_*.h5ad")], exclude=["her2st_A2"])
+    given = load_given_set([folder / "slides" / f"her2st_{name}.h5ad" for name in ("A1", "B1")])
     assert list(given.slides) == ["her2st_A1", "her2st_B1"]
     slide = given.slides["her2st_B1"]
     np.testing.assert_array_equal(slide.rows, np.unique(slide.adata.obs["array_row"], return_inverse=True)[1])
