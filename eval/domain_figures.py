@@ -36,7 +36,7 @@ TITLES = {"knn": "k-NN", "linear": "linear", "mlp": "MLP", "k-means": "k-means",
 def write_figures(
     plans: Sequence[Plan], methods: Sequence[Method], records: Sequence[Record], output: Path, seed: int
 ) -> None:
-    """`ari.png`, `smoothing.png`, `maps.json` and from it a map of every set's first slide."""
+    """`ari.png`, `smoothing.png`, `maps.json` and from it a map of every set's largest slide."""
     plot_bars(records, output / "ari.png")
     plot_smoothing(records, output / "smoothing.png")
     maps = {plan.name: domain_maps(plan, methods, seed) for plan in plans}
@@ -49,12 +49,12 @@ def write_figures(
 
 
 def domain_maps(plan: Plan, methods: Sequence[Method], seed: int) -> dict[str, Any]:
-    """What the maps of a set's first slide show: labels, and k-means of every method, named after the labels.
+    """What the maps of a set's largest slide show: labels, and k-means of every method, named after the labels.
 
     Returns:
         {"slide", "positions" (n, 2), "pitch", "classes", "maps": {title: (n,) names}}, plain values.
     """
-    slide = next(iter(plan.slides.values()))
+    slide = max(plan.slides.values(), key=lambda slide: len(slide.codes))
     positions, pitch = grid_positions(slide.adata)
     chosen = [(method, 0) for method in methods if method.smoothed]
     chosen += [(method, SMOOTHED_MAP[1]) for method in methods if method.name == SMOOTHED_MAP[0]]
