@@ -52,8 +52,8 @@ class EncoderEmbedder:
 
     Attributes:
         name: of its row. model, processor: from one folder. corpus: slides that it saw; None = not told.
-        learnt: whether anything of it comes from slides. readout: instead of the model's default. device: where to run.
-        seed: of the gene draws.
+        learnt: whether anything of it comes from slides. has_default: whether it gets a row as `embed_slide` writes it.
+        readout: instead of the model's default. device: where to run. seed: of the gene draws.
     """
 
     name: str
@@ -61,6 +61,7 @@ class EncoderEmbedder:
     processor: STPatchProcessor = field(repr=False)
     corpus: list | None = field(repr=False, default=None)
     learnt: bool = True
+    has_default: bool = True
     readout: str | None = None
     device: str | None = None
     seed: int = 0
@@ -152,12 +153,14 @@ def load_embedders(
         trained.append(EncoderEmbedder(name, model, processor, corpus, **common))
         if position == 0:
             set_seed(seed)
-            start = EncoderEmbedder(RANDOM_START, STImageMAEModel(model.config), processor, learnt=False, **common)
+            start = EncoderEmbedder(
+                RANDOM_START, STImageMAEModel(model.config), processor, None, False, False, **common
+            )
             untrained.append(start)
             told = load_pretraining(Path(folder) / "untrained")
             if told is not None and told[1]["singular_start"]:
                 begun = STImageMAEModel.from_pretrained(Path(folder) / "untrained")
-                untrained.append(EncoderEmbedder(SINGULAR_START, begun, processor, corpus, **common))
+                untrained.append(EncoderEmbedder(SINGULAR_START, begun, processor, corpus, True, False, **common))
     return [*untrained, *trained]
 
 

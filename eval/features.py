@@ -15,7 +15,7 @@ import numpy as np
 
 from eval.baselines.across_slides import shared_components, shared_expression
 from eval.baselines.expression import coordinates_only, neighbourhood_mean, principal_components, raw_expression
-from eval.embedders import RANDOM_START, SINGULAR_START, Embedder, EncoderEmbedder, cached
+from eval.embedders import Embedder, EncoderEmbedder, cached
 from eval.evaluation_sets import EvaluationSlide
 
 BY_DEFAULT = ", as embed_slide writes it"
@@ -74,7 +74,7 @@ def embedder_methods(embedders: Sequence[Embedder], cache: Path) -> list[Method]
     for embedder in embedders:
         embed = cached(embedder, cache)
         methods.append(Method(embedder.name, embed, seen=embedder.seen))
-        if isinstance(embedder, EncoderEmbedder) and embedder.name not in (RANDOM_START, SINGULAR_START):
+        if isinstance(embedder, EncoderEmbedder) and embedder.has_default:
             by_default = partial(_by_default, embedder, embed)
             methods.append(Method(embedder.name + BY_DEFAULT, by_default, smoothed=False, seen=embedder.seen))
     return methods
