@@ -222,9 +222,14 @@ def _name_curves(ax: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
         return
     low, high = ax.get_ylim()
     gap = (high - low) / 22
-    height = -math.inf
-    for value, place, name, colour in sorted(ends):
-        height = max(value, height + gap)
+    ends = sorted(ends)
+    heights = [value for value, *_ in ends]
+    for upper in range(1, len(heights)):
+        heights[upper] = max(heights[upper], heights[upper - 1] + gap)
+    heights[-1] = min(heights[-1], max(high, low + gap * len(heights)))  # back into the axes, from the top down
+    for lower in range(len(heights) - 2, -1, -1):
+        heights[lower] = min(heights[lower], heights[lower + 1] - gap)
+    for (value, place, name, colour), height in zip(ends, heights, strict=True):
         text = {"fontsize": 6, "color": colour, "va": "center"}
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4}
-        ax.annotate(name, (place, value), (place + 0.15, height), annotation_clip=False, arrowprops=line, **text)
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 3}
+        ax.annotate(name, (place, value), (place + 0.3, height), annotation_clip=False, arrowprops=line, **text)
