@@ -18,12 +18,14 @@ from transformers import set_seed
 
 from data_processing.corpus import load_pretraining, slide_images
 from data_processing.writing import write_whole
+from eval.baselines.gene_token import load_gene_tokens, nearest_spots_mean
 from eval.evaluation_sets import EvaluationSlide
 from eval.provenance import seen
 from modeling_stimg import SlideImage, STImageMAEModel, STPatchProcessor
 from modeling_stimg.embedding_stimg import embedding_options, neighbourhood_mean
 
 RANDOM_START, SINGULAR_START = "untrained, random start", "untrained, singular start"
+GENE_TOKENS = "gene tokens"
 CACHE_FORMAT = 1  # raised when embeddings change though model and slide are the same
 
 
@@ -119,6 +121,33 @@ class EncoderEmbedder:
         return self.processor.sample_unit == "patch" and min(image.height, image.width) < self.processor.window_size
 
 
+@dataclass
+class NearestSpotsEmbedder:
+    """Another embedder's output as the mean of the 16 nearest other spots': the paper's scGPT-spatial row.
+
+    Attributes:
+        name: of its row. of: the other embedder. embed_spots: its `embed`, cached or not.
+    """
+
+    name: str
+    of: EncoderEmbedder
+    embed_spots: Callable[[EvaluationSlide], np.ndarray] = field(repr=False)
+
+    @property
+    def key(self) -> str:
+        """Hash of what the other one depends on."""
+        return hashlib.sha256(f"16 nearest {self.of.key}".encode()).hexdigest()
+
+    def embed(self, slide: EvaluationSlide) -> np.ndarray:
+        """float32 (n_obs, width)."""
+        image = self.of.image(slide)
+        return nearest_spots_mean(self.embed_spots(slide)[image.obs_index], image)[image.spot_of_obs]
+
+    def seen(self, slide: EvaluationSlide) -> str | None:
+        """What the other one saw."""
+        return self.of.seen(slide)
+
+
 _PROCESSOR_OPTIONS = (
     *("window_size", "num_channels", "compaction", "gene_selection", "normalization", "target_sum", "min_observed"),
     "sample_unit",
@@ -162,6 +191,19 @@ def load_embedders(
                 begun = STImageMAEModel.from_pretrained(Path(folder) / "untrained")
                 untrained.append(EncoderEmbedder(SINGULAR_START, begun, processor, corpus, True, False, **common))
     return [*untrained, *trained]
+
+
+def load_gene_token_embedders(folder: str, cache: Path, device: str | None = None, seed: int = 0) -> list[Embedder]:
+    """The gene-token baseline as it is, and as the mean of the nearest spots.
+
+    Args:
+        folder: as eval/baselines/train_gene_token.py writes it. cache: for its embeddings, which both rows need.
+    """
+    model, processor = load_gene_tokens(folder)
+    told = load_pretraining(Path(folder))
+    corpus = None if told is None else told[0]
+    tokens = EncoderEmbedder(GENE_TOKENS, model, processor, corpus, has_default=False, device=device, seed=seed)
+    return [tokens, NearestSpotsEmbedder(f"{GENE_TOKENS}, 16 nearest", tokens, cached(tokens, cache))]
 
 
 def slide_key(slide: EvaluationSlide) -> str:

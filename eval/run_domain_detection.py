@@ -26,7 +26,7 @@ from data_processing.sources import EVALUATION_SETS
 from eval.clustering import CLUSTERINGS
 from eval.domain_figures import write_figures
 from eval.domain_scores import Plan, Protocol, plan_set, score_all
-from eval.embedders import EncoderEmbedder, load_embedders
+from eval.embedders import EncoderEmbedder, load_embedders, load_gene_token_embedders
 from eval.evaluation_sets import UNLABELLED, EvaluationSet, load_given_set, load_named_set, named_paths
 from eval.features import Method, baseline_methods, embedder_methods
 from eval.probes import PROBES
@@ -49,6 +49,10 @@ class DomainDetectionArguments:
     models: list[str] = field(
         default_factory=list,
         metadata={"help": "Several models, as name=folder each; the untrained rows are those of the first."},
+    )
+    gene_tokens: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the gene-token baseline, from eval/baselines/train_gene_token.py; two rows."},
     )
     sets: list[str] = field(
         default_factory=list,
@@ -204,7 +208,11 @@ def main(argv: list[str] | None = None) -> None:
     embedders = load_embedders(models, arguments.readout, arguments.device, arguments.seed)
     output = Path(arguments.output_dir)
     cache = output / "embeddings" if arguments.cache is None else Path(arguments.cache)
-    methods: list[Method] = [*baseline_methods(arguments.seed), *embedder_methods(embedders, cache)]
+    others = []
+    if arguments.gene_tokens is not None:
+        others = load_gene_token_embedders(arguments.gene_tokens, cache, arguments.device, arguments.seed)
+    rows = [*others, *embedders]
+    methods: list[Method] = [*baseline_methods(arguments.seed), *embedder_methods(rows, cache)]
     metadata = metadata_of(arguments, protocol, plans, embedders)
     for line in [line for plan in plans for line in plan.notes] + [
         f"{name}: no window fits into {', '.join(slides)}" for name, slides in metadata["smaller_than_a_window"].items()

@@ -16,8 +16,9 @@ from data_processing.corpus import SlideRecord, save_pretraining
 from data_processing.phantom import PhantomTissue
 from data_processing.splits import block_splits, encode_labels, spot_splits, transfer_splits
 from eval import domain_scores
+from eval.baselines.gene_token import GeneTokenConfig, GeneTokenForPreTraining, nearest_spots_mean
 from eval.domain_scores import Protocol, plan_set
-from eval.embedders import EncoderEmbedder, cached, load_embedders
+from eval.embedders import EncoderEmbedder, cached, load_embedders, load_gene_token_embedders
 from eval.evaluation_sets import load_given_set
 from eval.features import BY_DEFAULT
 from eval.run_domain_detection import main
@@ -263,6 +264,27 @@ def test_several_models_and_what_they_saw(folder: Path, checkpoint: Path, tmp_pa
     assert found["metadata"]["models"]["patch"]["slides"] == ["a", "c"]
     # the same weights under two names
     assert cell(found, "a", "patch", "spots", "knn")["ari"] == cell(found, "a", "wide", "spots", "knn")["ari"]
+
+
+def test_gene_tokens_have_two_rows(folder: Path, checkpoint: Path, tmp_path: Path):
+    processor = STPatchProcessor.from_pretrained(checkpoint)
+    config = GeneTokenConfig(
+        vocab_size=len(processor.vocabulary) + 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    GeneTokenForPreTraining(config).save_pretrained(tmp_path / "tokens")
+    token_processor = STPatchProcessor(processor.vocabulary, window_size=1, num_channels=16, sample_unit="spot")
+    token_processor.save_pretrained(tmp_path / "tokens")
+    (tokens, nearest) = load_gene_token_embedders(str(tmp_path / "tokens"), tmp_path / "cache")
+    (slide, _) = load_given_set(sorted(folder.glob("*.h5ad"))).slides.values()
+    image = tokens.image(slide)
+    plain = tokens.embed(slide)
+    expected = nearest_spots_mean(plain[image.obs_index], image)[image.spot_of_obs]
+    np.testing.assert_array_equal(nearest.embed(slide), expected)
+    assert tokens.key != nearest.key
+    options = ("--probes", "knn", "--splits", "spots", "--clusterings", "none", "--smoothings", "0", *NO_FIGURES)
+    found = evaluate(None, folder, tmp_path / "out", "--gene_tokens", str(tmp_path / "tokens"), *options)
+    names = {record["features"] for record in found["records"]}
+    assert names == {*BASELINES, "gene tokens", "gene tokens, 16 nearest"}
 
 
 def test_slides_too_small_for_a_window_are_named(checkpoint: Path, tissue: PhantomTissue, tmp_path: Path, capsys):
