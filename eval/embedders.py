@@ -167,10 +167,10 @@ def load_embedders(
         models: name and folder or Hub id of each.
 
     Raises:
-        ValueError: two models of one name, or one that is called like an untrained row.
+        ValueError: two models of one name, or one that is called like a baseline's row.
     """
     names = [name for name, _ in models]
-    if len({*names, RANDOM_START, SINGULAR_START}) < len(names) + 2:
+    if len({*names, RANDOM_START, SINGULAR_START, GENE_TOKENS}) < len(names) + 3:
         raise ValueError(f"Models are called {names}: give every one a name of its own, as in --models name=folder.")
     common = {"readout": readout, "device": device, "seed": seed}
     untrained, trained = [], []

@@ -26,7 +26,7 @@ from data_processing.sources import EVALUATION_SETS
 from eval.clustering import CLUSTERINGS
 from eval.domain_figures import write_figures
 from eval.domain_scores import Plan, Protocol, plan_set, score_all
-from eval.embedders import EncoderEmbedder, load_embedders, load_gene_token_embedders
+from eval.embedders import GENE_TOKENS, Embedder, EncoderEmbedder, load_embedders, load_gene_token_embedders
 from eval.evaluation_sets import UNLABELLED, EvaluationSet, load_given_set, load_named_set, named_paths
 from eval.features import Method, baseline_methods, embedder_methods
 from eval.probes import PROBES
@@ -176,8 +176,11 @@ def metadata_of(
     arguments: DomainDetectionArguments, protocol: Protocol, plans: list[Plan], embedders: list[EncoderEmbedder]
 ) -> dict[str, Any]:
     """What tells where the numbers came from."""
+    folders = named_models(arguments)
+    if arguments.gene_tokens is not None:
+        folders.append((GENE_TOKENS, arguments.gene_tokens))
     models = {}
-    for name, folder in named_models(arguments):
+    for name, folder in folders:
         told = load_pretraining(Path(folder))
         (embedder,) = (e for e in embedders if e.name == name)
         models[name] = {
@@ -205,15 +208,14 @@ def main(argv: list[str] | None = None) -> None:
     protocol = check_choices(arguments)
     models = named_models(arguments)
     plans = [plan_set(evaluation_set, protocol) for evaluation_set in load_sets(arguments)]
-    embedders = load_embedders(models, arguments.readout, arguments.device, arguments.seed)
+    embedders: list[Embedder] = list(load_embedders(models, arguments.readout, arguments.device, arguments.seed))
     output = Path(arguments.output_dir)
     cache = output / "embeddings" if arguments.cache is None else Path(arguments.cache)
-    others = []
     if arguments.gene_tokens is not None:
-        others = load_gene_token_embedders(arguments.gene_tokens, cache, arguments.device, arguments.seed)
-    rows = [*others, *embedders]
-    methods: list[Method] = [*baseline_methods(arguments.seed), *embedder_methods(rows, cache)]
-    metadata = metadata_of(arguments, protocol, plans, embedders)
+        tokens = load_gene_token_embedders(arguments.gene_tokens, cache, arguments.device, arguments.seed)
+        embedders = [*tokens, *embedders]
+    methods: list[Method] = [*baseline_methods(arguments.seed), *embedder_methods(embedders, cache)]
+    metadata = metadata_of(arguments, protocol, plans, [e for e in embedders if isinstance(e, EncoderEmbedder)])
     for line in [line for plan in plans for line in plan.notes] + [
         f"{name}: no window fits into {', '.join(slides)}" for name, slides in metadata["smaller_than_a_window"].items()
     ]:

@@ -1,12 +1,14 @@
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
+from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from eval.baselines.across_slides import shared_components, shared_counts, shared_expression
 from eval.baselines.expression import (
-    baseline_features,
     coordinates_only,
     log1p_cp10k,
     neighbourhood_mean,
@@ -143,14 +145,52 @@ def test_coordinates_span_zero_to_hundred():
     np.testing.assert_array_equal(coordinates, [[0, 0], [50, 0], [100, 0]])
 
 
-def test_baselines_have_their_names_and_smooth_the_right_features():
-    counts = sp.csr_matrix(_counts(num_spots=48))
-    rows, cols = np.divmod(np.arange(48), 8)
-    features = baseline_features(counts, rows, cols, seed=0)
-    assert list(features) == ["raw", "raw, 3x3 mean", "raw, 5x5 mean", "PCA", "PCA, 3x3 mean", "coordinates only"]
-    assert all(values.dtype == np.float32 and len(values) == 48 for values in features.values())
-    corner = (rows <= 1) & (cols <= 1)
-    np.testing.assert_allclose(features["raw, 3x3 mean"][0], features["raw"][corner].mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(features["PCA, 3x3 mean"][0], features["PCA"][corner].mean(axis=0), rtol=1e-4, atol=1e-5)
-    corner = (rows <= 2) & (cols <= 2)
-    np.testing.assert_allclose(features["raw, 5x5 mean"][0], features["raw"][corner].mean(axis=0), rtol=1e-5)
+def _slides():
+    """Three slides with their genes in different orders, one of them with two columns of one gene."""
+    rng = np.random.default_rng(0)
+    slides = []
+    for number, num_spots in enumerate((30, 40, 25)):
+        names = [f"gene {g}" for g in rng.permutation(60 + number)[: 50 + number]]
+        counts = rng.poisson(rng.gamma(1.0, 2.0, len(names)), (num_spots, len(names))).astype(np.float32)
+        slides.append(AnnData(sp.csr_matrix(counts), var=pd.DataFrame(index=names)))
+    doubled = [*slides[2].var_names[:-1], slides[2].var_names[0]]
+    slides[2] = AnnData(slides[2].X, var=pd.DataFrame(index=doubled))
+    return slides
+
+
+def _shared(slides):
+    """Dense counts over the shared genes by name, a gene's columns summed one by one."""
+    genes = sorted(set.intersection(*(set(slide.var_names) for slide in slides)))
+    return genes, [
+        np.stack([slide.X.toarray()[:, [name == gene for name in slide.var_names]].sum(1) for gene in genes], axis=1)
+        for slide in slides
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_expression_across_slides_is_over_shared_genes_chosen_in_training():
+    slides = _slides()
+    genes, dense = _shared(slides)
+    for counts, expected in zip(shared_counts(slides), dense, strict=True):
+        np.testing.assert_array_equal(counts.toarray(), expected)
+    values = [_slow_log1p(counts) for counts in dense]
+    variance = np.concatenate(values[:2]).var(axis=0)  # of the training slides
+    chosen = np.argsort(-variance, kind="stable")[:7]
+    for found, expected in zip(shared_expression(slides[:2], slides[2], 7), values, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected[:, chosen], rtol=1e-5)
+    assert shared_expression(slides[:2], slides[2])[0].shape == (30, len(genes))
+    slides[2].var_names = [f"other {name}" for name in slides[2].var_names]
+    with pytest.raises(ValueError, match="no gene in common"):
+        shared_counts(slides)
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_components_across_slides_are_those_of_the_training_slides():
+    slides = _slides()
+    values = [_slow_log1p(counts) for counts in _shared(slides)[1]]
+    stacked = np.concatenate(values[:2])
+    _, _, axes = np.linalg.svd(stacked - stacked.mean(0), full_matrices=False)
+    for found, slide in zip(shared_components(slides[:2], slides[2], 4), values, strict=True):
+        expected = (slide - stacked.mean(0)) @ axes[:4].T
+        np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-3)  # a component's sign is free

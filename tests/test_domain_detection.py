@@ -285,6 +285,7 @@ def test_gene_tokens_have_two_rows(folder: Path, checkpoint: Path, tmp_path: Pat
     found = evaluate(None, folder, tmp_path / "out", "--gene_tokens", str(tmp_path / "tokens"), *options)
     names = {record["features"] for record in found["records"]}
     assert names == {*BASELINES, "gene tokens", "gene tokens, 16 nearest"}
+    assert found["metadata"]["models"]["gene tokens"]["sample_unit"] == "spot"
 
 
 def test_slides_too_small_for_a_window_are_named(checkpoint: Path, tissue: PhantomTissue, tmp_path: Path, capsys):

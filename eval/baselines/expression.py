@@ -116,29 +116,3 @@ def coordinates_only(rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
     """float32 (n, 2): a spot's grid row and column, each stretched to [0, 100]; 0 on an axis of one level."""
     sites = np.column_stack([rows, cols]).astype(np.float64)
     return MinMaxScaler(feature_range=(0, 100)).fit_transform(sites).astype(np.float32)
-
-
-def baseline_features(
-    counts: sp.csr_matrix | sp.csr_array, rows: np.ndarray, cols: np.ndarray, seed: int
-) -> dict[str, np.ndarray]:
-    """All of the above for one slide, named as in the tables; each float32 (n, d).
-
-    Parameters
-    ----------
-    counts
-        (n, genes) raw counts.
-    rows, cols
-        int (n,), each spot's site on the compact grid.
-    seed
-        Of the principal components.
-    """
-    raw = raw_expression(counts)
-    components = principal_components(counts, seed=seed)
-    return {
-        "raw": raw,
-        "raw, 3x3 mean": neighbourhood_mean(raw, rows, cols, radius=1),
-        "raw, 5x5 mean": neighbourhood_mean(raw, rows, cols, radius=2),
-        "PCA": components,
-        "PCA, 3x3 mean": neighbourhood_mean(components, rows, cols, radius=1),
-        "coordinates only": coordinates_only(rows, cols),
-    }
