@@ -60,7 +60,7 @@ def results_table(records: Sequence[Record], metadata: Mapping[str, Any] | None 
         "# Domain detection",
         "",
         f"Accuracy / adjusted Rand index; without labels the index alone. {about}; "
-        "columns: the mean over so many sites that every row's features are given.",
+        "columns: the neighbourhood mean, in sites, that all features are given.",
         "",
         *_by_smoothing(records, set_mean, "mean over sets" if len(sets) > 1 else f"set {sets[0]}"),
     ]
