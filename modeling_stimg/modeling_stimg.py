@@ -36,7 +36,7 @@ from .configuration_stimg import STImageMAEConfig
 from .embedding_stimg import embed_image
 from .masking_stimg import default_masks, draw_mask, hidden_entries, masked_mean_squared_error
 from .positions_stimg import sine_cosine_positions, site_positions
-from .visible_sites_stimg import select_sites
+from .visible_sites_stimg import SiteSelection, select_sites
 
 AUTO_MAP = {
     "AutoConfig": "configuration_stimg.STImageMAEConfig",
@@ -198,7 +198,7 @@ class STImageMAEDecoder(nn.Module):
 
     def forward(
         self, encoded: torch.Tensor, pixel_mask: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[SiteSelection, torch.Tensor, torch.Tensor]:
         hidden_states = self.embed(encoded)  # (B, S*S, decoder width)
         hidden_states = hidden_states + sine_cosine_positions(positions, hidden_states.shape[-1]).to(encoded.dtype)
         selection = select_sites(pixel_mask.flatten(1))
@@ -207,7 +207,7 @@ class STImageMAEDecoder(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask)
         hidden_states = self.layernorm(hidden_states)
-        return selection.scatter(self.project(hidden_states)), selection.scatter(hidden_states)
+        return selection, self.project(hidden_states), hidden_states  # observed sites: (B, L, D), (B, L, decoder width)
 
 
 class STImageMAELocalMean(nn.Module):
@@ -224,26 +224,25 @@ class STImageMAELocalMean(nn.Module):
         self.scaling = config.decoder_hidden_size**-0.5
 
     def forward(
-        self, hidden_states: torch.Tensor, pixel_mask: torch.Tensor, values: torch.Tensor, visible: torch.Tensor
+        self, hidden_states: torch.Tensor, observed: torch.Tensor, values: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
         """Local means of every gene at every site; 0 at empty sites, and of a gene of which nothing else can be seen.
 
         Args:
-            hidden_states: float (B, S*S, decoder width). pixel_mask: bool (B, S, S).
-            values: float (B, C, S*S). visible: bool (B, C, S*S).
+            hidden_states: float (B, L, decoder width), decoded sites. observed: bool (B, L).
+            values: float (B, L, C). visible: bool (B, L, C).
 
         Returns:
-            float (B, C, S*S).
+            float (B, L, C).
         """
-        observed = pixel_mask.flatten(1)
         itself = torch.eye(observed.shape[-1], dtype=torch.bool, device=observed.device)
         scores = self.query(hidden_states) @ self.key(hidden_states).transpose(1, 2) * self.scaling
         pairs = observed[:, :, None] & observed[:, None] & ~itself  # (B, reading site, site that is read)
         # A finite minimum: a site alone in its window has nothing to read, and softmax has to stay finite.
         scores = scores.float().masked_fill(~pairs, torch.finfo(torch.float32).min)
-        weights = (scores.softmax(-1) * pairs).transpose(1, 2).to(hidden_states.dtype)
+        weights = (scores.softmax(-1) * pairs).to(hidden_states.dtype)
         visible = visible.to(weights.dtype)
-        total, mass = (values.to(weights.dtype) * visible) @ weights, visible @ weights
+        total, mass = weights @ (values.to(weights.dtype) * visible), weights @ visible
         return total / mass.clamp(min=torch.finfo(torch.float16).tiny)
 
 
@@ -457,19 +456,18 @@ class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
             ValueError: a `"residual"` model without values.
         """
         positions = site_positions(self.config.position_embedding_type, pixel_mask, coordinates)
-        features, hidden_states = self.decoder(last_hidden_state, pixel_mask, positions)  # (B, S*S, D)
+        selection, features, hidden_states = self.decoder(last_hidden_state, pixel_mask, positions)
         genes = self.get_input_embeddings()(gene_ids).to(features.dtype)  # (B, C, D)
-        predicted = genes @ features.transpose(1, 2)  # (B, C, S*S)
+        predicted = features @ genes.transpose(1, 2)  # (B, L, C)
         if self.decoder.local_mean is not None:
             if pixel_values is None or visible is None:
                 raise ValueError(
                     'This model predicts by config.reconstruction="residual", from values that can be seen: pass '
                     "pixel_values and visible, both (B, C, S, S)."
                 )
-            predicted = predicted + self.decoder.local_mean(
-                hidden_states, pixel_mask, pixel_values.flatten(2), visible.flatten(2)
-            )
-        return predicted.unflatten(-1, tuple(pixel_mask.shape[1:]))
+            values, visible = (selection.gather(t.flatten(2).transpose(1, 2)) for t in (pixel_values, visible))
+            predicted = predicted + self.decoder.local_mean(hidden_states, selection.tokens_kept, values, visible)
+        return selection.scatter(predicted).transpose(1, 2).unflatten(-1, tuple(pixel_mask.shape[1:]))
 
 
 STImageMAEConfig.register_for_auto_class()

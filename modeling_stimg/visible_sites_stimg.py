@@ -35,6 +35,11 @@ class SiteSelection:
     rows: torch.Tensor | None = None
     keys: torch.Tensor | None = None
 
+    @property
+    def tokens_kept(self) -> torch.Tensor:
+        """bool (B, L): tokens of kept sites; where windows differ, the shorter ones are filled up with others."""
+        return self.kept if self.rows is None else self.kept.flatten()[self.rows]
+
     def gather(self, sites: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, L, D)."""
         if self.rows is None:

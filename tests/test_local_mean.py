@@ -26,35 +26,48 @@ def batch(images, processor) -> dict[str, torch.Tensor]:
     return batch
 
 
-def plain_local_mean(module, hidden, pixel_mask, values, visible) -> np.ndarray:
-    observed = pixel_mask.flatten(1).numpy()
+def plain_local_mean(module, hidden, observed, values, visible) -> np.ndarray:
     query, key = (layer(hidden).detach().double().numpy() for layer in (module.query, module.key))
     found = np.zeros(values.shape)
-    for b, site in np.argwhere(observed):
+    for b, site in np.argwhere(observed.numpy()):
         others = [v for v in np.flatnonzero(observed[b]) if v != site]
         scores = np.array([query[b, site] @ key[b, v] * module.scaling for v in others])
         attention = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
-        for gene in range(values.shape[1]):
-            seen = np.array([bool(visible[b, gene, v]) for v in others])
+        for gene in range(values.shape[2]):
+            seen = visible[b, others, gene].numpy()
             if seen.any():
-                shown = np.array([float(values[b, gene, v]) for v in others])
-                found[b, gene, site] = (attention * shown)[seen].sum() / attention[seen].sum()
+                shown = values[b, others, gene].numpy()
+                found[b, site, gene] = (attention * shown)[seen].sum() / attention[seen].sum()
     return found
 
 
 def test_local_mean_is_that_of_plain_loops(config):
     torch.manual_seed(1)
     module = STImageMAELocalMean(config)
-    hidden = torch.randn(2, 9, config.decoder_hidden_size)
-    pixel_mask = torch.rand(2, 3, 3) < 0.7
-    values, visible = torch.randn(2, 5, 9), torch.rand(2, 5, 9) < 0.6
-    visible &= pixel_mask.flatten(1)[:, None]
-    visible[0, 3] = False  # nothing of this gene can be seen
+    hidden, observed = torch.randn(2, 9, config.decoder_hidden_size), torch.rand(2, 9) < 0.7
+    values, visible = torch.randn(2, 9, 5), torch.rand(2, 9, 5) < 0.6
+    visible &= observed[:, :, None]
+    visible[0, :, 3] = False  # nothing of this gene can be seen
     with torch.no_grad():
-        found = module(hidden, pixel_mask, values, visible).numpy()
-    np.testing.assert_allclose(found, plain_local_mean(module, hidden, pixel_mask, values, visible), atol=1e-5)
-    assert not found[0, 3].any()
-    assert not found.transpose(0, 2, 1)[~pixel_mask.flatten(1).numpy()].any(), "empty sites"
+        found = module(hidden, observed, values, visible).numpy()
+    np.testing.assert_allclose(found, plain_local_mean(module, hidden, observed, values, visible), atol=1e-5)
+    assert not found[0, :, 3].any()
+    assert not found[~observed.numpy()].any(), "empty sites"
+
+
+def test_windows_with_few_spots_are_predicted_as_when_all_sites_are_worked_on(config, batch):
+    """Sites are gathered where that saves work, which must not show."""
+    model = residual_model(config)
+    few = {key: value.clone() for key, value in batch.items()}
+    few["pixel_mask"] &= torch.rand(few["pixel_mask"].shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    few["pixel_values"] *= few["pixel_mask"][:, None]
+    full = {key: value[:1].clone() for key, value in few.items()}
+    full["pixel_mask"][:] = True  # beside it, nothing can be gathered
+    together = {key: torch.cat([few[key], full[key]]) for key in few}
+    with torch.no_grad():
+        apart, beside = model(**few), model(**together)
+    torch.testing.assert_close(apart.reconstruction, beside.reconstruction[:-1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(apart.mask, beside.mask[:-1])
 
 
 @pytest.mark.parametrize("mask_unit", ["entry", "site", "mixed"])
