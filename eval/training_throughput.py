@@ -69,15 +69,17 @@ class StepSetting:
 
 
 def build_model(name: str, sizes: StepSizes, attention: str) -> nn.Module:
-    """ViTMAE, or ours with the mask unit `name`."""
+    """ViTMAE, or ours: a mask unit, and behind a plus a reconstruction other than the default."""
     if name == VIT_MAE:
         image = {"image_size": sizes.window_size, "patch_size": 1}
         return ViTMAEForPreTraining(ViTMAEConfig(**sizes.transformer(), **image, attn_implementation=attention))
+    unit, _, reconstruction = name.partition("+")
     config = STImageMAEConfig(
         **sizes.transformer(),
         window_size=sizes.window_size,
         vocab_size=sizes.num_genes + 1,
-        mask_unit=name,
+        mask_unit=unit,
+        reconstruction=reconstruction or STImageMAEConfig.reconstruction,
         attn_implementation=attention,
     )
     return STImageMAEForPreTraining(config)

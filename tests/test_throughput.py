@@ -116,7 +116,7 @@ def test_training_benchmark_runs_from_the_command_line(tmp_path: Path):
     assert run.returncode == 0, run.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
     steps = {r["model"]: r for r in results["records"] if "model" in r}
-    assert list(steps) == ["vit_mae", "entry", "site", "mixed"]
+    assert list(steps) == ["vit_mae", "entry", "site", "mixed", "mixed+residual"]
     assert steps["vit_mae"]["step_ratio"] == 1
     assert all(r["forward_backward_ratio"] > 0 for r in steps.values())
     ready, made = (r for r in results["records"] if "source" in r)
