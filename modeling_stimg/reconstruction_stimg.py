@@ -17,21 +17,19 @@ The hidden spots' counts are taken off the slide before anything else happens. W
 which enter windows as mask tokens; genes are chosen, and everything else is computed, from the spots that can be seen.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .context_windows_stimg import context_windows
 from .embedding_stimg import check_pair, frozen
 from .kriging_stimg import distances, kriging_weights
 from .sample_units_stimg import sample_side
-from .sampling_stimg import window_spots
 from .slide_image_stimg import SlideImage
+from .spot_reading_stimg import Reading, SpotFeatures, mean_features
 
 logger = logging.get_logger(__name__)
 
@@ -50,30 +48,6 @@ def variable_genes(image: SlideImage, num_genes: int = NUM_GENES) -> np.ndarray:
     """
     variances = image.gene_variances[image.measured]
     return image.measured[np.argsort(-variances, kind="stable")[:num_genes]]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How hidden spots are read: which windows, and what of each.
-
-    Attributes:
-        hidden, seen: the hidden spots, whose counts are never looked at, and the visible ones.
-        corners, views: from `context_windows`. size: side of the windows. num_gene_draws: how often each is read.
-    """
-
-    hidden: SlideImage
-    seen: SlideImage
-    corners: list[tuple[int, int]]
-    views: np.ndarray
-    size: int
-    num_gene_draws: int
-
-    def batches(self, batch_size: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """First window of every batch, and the number of the corner and of the gene draw of each of its windows."""
-        number = np.arange(len(self.corners) * self.num_gene_draws)
-        for start in range(0, len(number), batch_size):
-            draw, corner = np.divmod(number[start : start + batch_size], len(self.corners))
-            yield start, corner, draw
 
 
 def reconstruct_spots(
@@ -155,25 +129,31 @@ class ReadSpots:
 
     Attributes:
         hidden, seen: the hidden and the visible spots.
-        features: float64 (hidden spots, D), decoded, means over windows and gene draws. checks: float64 (visible spots,
-            D), of those read as if they were hidden; NaN of the others.
+        of_hidden, of_checks: what was read of the hidden spots, and of visible ones as if they were hidden.
         embeddings: float32 (vocabulary + 1, D), of genes.
     """
 
     hidden: SlideImage
     seen: SlideImage
-    features: np.ndarray
-    checks: np.ndarray
+    of_hidden: SpotFeatures
+    of_checks: SpotFeatures
     embeddings: np.ndarray
     processor: Any
 
-    def said(self, features: np.ndarray, genes: np.ndarray) -> np.ndarray:
-        """log1p values float64 (spots, genes) that the model says of features (spots, D) and vocabulary numbers."""
-        return self.processor.log1p_values(features @ self.embeddings[genes].T.astype(np.float64), genes)
+    def said(self, read: SpotFeatures, genes: np.ndarray) -> np.ndarray:
+        """log1p values float64 (spots, genes) that the model says of what was read; NaN of spots that were not."""
+        said = self.processor.log1p_values(read.features @ self.embeddings[genes].T.astype(np.float64), genes)
+        if read.weights is not None:
+            # Local means are those of the model's input, in which 0 stands for `nothing`.
+            nothing = self.processor.log1p_values(np.zeros((1, len(genes))), genes)
+            measured = np.flatnonzero(np.isin(genes, self.seen.measured))
+            values = _values(self.seen, np.arange(self.seen.num_spots), genes[measured]) - nothing[:, measured]
+            said[:, measured] += (read.weights @ torch.from_numpy(values)).numpy()
+        return said
 
     def values(self, genes: np.ndarray, calibrated: bool = True) -> np.ndarray:
         """float32 (hidden spots, genes), log1p values, not below 0; see `reconstruct_spots`."""
-        predicted = calibrate(self, genes) if calibrated else self.said(self.features, genes)
+        predicted = calibrate(self, genes) if calibrated else self.said(self.of_hidden, genes)
         return np.maximum(predicted, 0).astype(np.float32)
 
 
@@ -213,7 +193,7 @@ def read_spots(
     reading = Reading(hidden, seen, corners, views, size, num_gene_draws)
     options = {"seed": seed, "gene_selection": gene_selection, "window_size": size, "return_tensors": "pt"}
     with frozen(model, seen, device) as devices:
-        means = _mean_features(model, processor, reading, with_checks, batch_size, devices, options, progress)
+        means = mean_features(model, processor, reading, with_checks, batch_size, devices, options, progress)
         embeddings = model.get_input_embeddings().weight.detach().float().cpu().numpy()
     return ReadSpots(hidden, seen, *means, embeddings, processor)
 
@@ -229,84 +209,6 @@ def _hidden_and_seen(image: SlideImage, spots: np.ndarray, visible: np.ndarray |
     if both:
         raise ValueError(f"{image.name}: {both} spots are both hidden and visible: expected one or the other.")
     return hidden, seen
-
-
-def _mean_features(
-    model: Any,
-    processor: Any,
-    reading: Reading,
-    with_checks: bool,
-    batch_size: int,
-    devices: tuple[torch.device, torch.device],
-    options: dict[str, Any],
-    progress: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decoded features, means over windows and gene draws: of the hidden spots, and of visible ones read as if hidden.
-
-    Args:
-        with_checks: whether to read visible spots. devices: where the model runs, and where windows are made. options:
-            of the processor.
-
-    Returns:
-        float64 (hidden spots, D) and (visible spots, D), NaN for visible spots that were not read.
-    """
-    hidden, seen, (where, sampler) = reading.hidden, reading.seen, devices
-    sums = [np.zeros((part.num_spots, model.config.hidden_size)) for part in (hidden, seen)]
-    counts = [np.zeros(part.num_spots) for part in (hidden, seen)]
-    num_batches = -(-len(reading.corners) * reading.num_gene_draws // batch_size)
-    batches = tqdm(reading.batches(batch_size), f"reconstruct {seen.name}", num_batches, disable=not progress)
-    for start, numbers, draws in batches:
-        corners = [reading.corners[number] for number in numbers]
-        batch = processor(seen, windows=corners, first_window=start, device=sampler, **options)
-        visible = batch.pop("spot_index").cpu().numpy()  # (B, S, S), which visible spot is where
-        places = window_spots(hidden, corners, reading.size)  # (B, S, S), which hidden spot is where
-        inputs = {key: value.to(where) for key, value in _with_hidden_sites(batch, places, hidden).items()}
-        read = (places >= 0) & (reading.views[places] == numbers[:, None, None, None]).any(-1)
-        passes = [(0, places, read, None)]
-        if with_checks:
-            checked = _quarters(corners, numbers + draws, reading.size) & (visible >= 0)
-            passes.append((1, visible, checked, checked))
-        for part, of_sites, sites, masked in passes:
-            decoded = _decode(model, inputs, masked)
-            for window_spot, window_sites, window_features in zip(of_sites, sites, decoded, strict=True):
-                # A spot stands once in a window, so plain indexed addition is exact.
-                sums[part][window_spot[window_sites]] += window_features[window_sites.ravel()]
-                counts[part][window_spot[window_sites]] += 1
-    with np.errstate(invalid="ignore"):
-        return tuple(total / count[:, None] for total, count in zip(sums, counts, strict=True))
-
-
-def _quarters(corners: list[tuple[int, int]], numbers: np.ndarray, size: int) -> np.ndarray:
-    """bool (B, S, S): one of the four colours of a 2 x 2 tiling of the *slide*; which one goes by the number."""
-    steps = np.array(corners)[:, :, None] + np.arange(size)  # (B, 2, S)
-    rows = (steps[:, 0] + numbers[:, None] // 2) % 2 == 0
-    cols = (steps[:, 1] + numbers[:, None]) % 2 == 0
-    return rows[:, :, None] & cols[:, None]
-
-
-def _with_hidden_sites(batch: Any, places: np.ndarray, hidden: SlideImage) -> dict[str, torch.Tensor]:
-    """A batch of windows of the visible spots, with the hidden ones on their sites and masked in every channel.
-
-    Args:
-        places: int64 (B, S, S), which hidden spot is where, -1 = none.
-    """
-    tensors = {key: value for key, value in batch.items() if key != "spot_index"}
-    where = tensors["pixel_mask"].device
-    here = torch.from_numpy(places >= 0).to(where)
-    coordinates = torch.from_numpy(hidden.coordinates[places]).to(where)  # those of -1 are not taken
-    tensors["pixel_mask"] = tensors["pixel_mask"] | here
-    tensors["coordinates"] = torch.where(here[..., None], coordinates, tensors["coordinates"])
-    tensors["bool_masked_entries"] = here[:, None].expand_as(tensors["pixel_values"])
-    return tensors
-
-
-def _decode(model: Any, inputs: dict[str, torch.Tensor], masked: np.ndarray | None) -> np.ndarray:
-    """The decoded feature of every site, float64 (B, S*S, D), with further sites masked, bool (B, S, S)."""
-    if masked is not None:
-        mask = inputs["bool_masked_entries"]
-        inputs = {**inputs, "bool_masked_entries": mask | torch.from_numpy(masked).to(mask.device)[:, None]}
-    encoded = model.base_model(**inputs).last_hidden_state
-    return model.decode(encoded, inputs["pixel_mask"], inputs["coordinates"]).cpu().double().numpy()
 
 
 def calibrate(spots: ReadSpots, genes: np.ndarray) -> np.ndarray:
@@ -329,8 +231,8 @@ def calibrate(spots: ReadSpots, genes: np.ndarray) -> np.ndarray:
         float64 (hidden spots, genes); genes that were not measured as the model says.
     """
     hidden, seen = spots.hidden, spots.seen
-    predicted = spots.said(spots.features, genes)
-    read = np.flatnonzero(np.isfinite(spots.checks[:, 0]))
+    predicted = spots.said(spots.of_hidden, genes)
+    read = np.flatnonzero(np.isfinite(spots.of_checks.features[:, 0]))
     measured = np.flatnonzero(np.isin(genes, seen.measured))
     if len(read) < 2 or len(measured) == 0:
         return predicted
@@ -341,13 +243,13 @@ def calibrate(spots: ReadSpots, genes: np.ndarray) -> np.ndarray:
         )
         read = np.sort(read[np.argsort(nearest, kind="stable")[:NUM_CHECKS]])
     of_slide = variable_genes(seen)
-    said, found = spots.said(spots.checks[read], of_slide), _values(seen, read, of_slide)
+    said, found = spots.said(spots.of_checks, of_slide)[read], _values(seen, read, of_slide)
     deviation = said - said.mean(0)
     slope = max(float((deviation * (found - found.mean(0))).sum() / max((deviation**2).sum(), 1e-12)), 0)
     slopes = (0.0, slope / 2, slope)
     which, weights = kriging_weights([found - trust * said for trust in slopes], places[read], sites)
     for some in np.array_split(measured, -(-len(measured) * len(read) // VALUES_AT_ONCE)):
-        left = _values(seen, read, genes[some]) - slopes[which] * spots.said(spots.checks[read], genes[some])
+        left = _values(seen, read, genes[some]) - slopes[which] * spots.said(spots.of_checks, genes[some])[read]
         mean = left.mean(0)
         predicted[:, some] = slopes[which] * predicted[:, some] + mean + weights @ (left - mean)
     return predicted

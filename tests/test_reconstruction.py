@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from modeling_stimg import (
     GeneVocabulary,
+    STImageMAEConfig,
     STImageMAEForPreTraining,
     STImageMAEModel,
     STPatchProcessor,
@@ -22,6 +23,7 @@ from modeling_stimg import reconstruct_region as reconstruct
 from modeling_stimg.context_windows_stimg import context_windows
 from modeling_stimg.kriging_stimg import kriging_weights
 from modeling_stimg.reconstruction_stimg import ReadSpots, calibrate, variable_genes
+from modeling_stimg.spot_reading_stimg import SpotFeatures
 
 
 def reconstruct_region(adata: AnnData, *args, **options) -> pd.DataFrame:
@@ -51,16 +53,38 @@ def standardized(vocabulary: GeneVocabulary) -> STPatchProcessor:
     return STPatchProcessor(described, window_size=6, num_channels=32, normalization="standardized")
 
 
+@pytest.fixture
+def residual(config) -> STImageMAEForPreTraining:
+    """A fresh model that predicts by local means, with random weights."""
+    torch.manual_seed(0)
+    model = STImageMAEForPreTraining(STImageMAEConfig(**{**config.to_dict(), "reconstruction": "residual"}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
 # ---------------------------------------------------------------------------- nothing leaks
 
 
-@pytest.mark.parametrize("mask_unit", ["mixed", "site", "entry"])
-@pytest.mark.parametrize("gene_selection", ["weighted", "variable"])
-def test_hidden_counts_change_no_bit_and_visible_ones_do(slides, standardized, model, mask_unit: str, gene_selection):
+@pytest.mark.parametrize(
+    ("mask_unit", "how", "calibrated"),
+    [
+        ("mixed", "product", True),
+        ("mixed", "residual", False),
+        ("site", "product", False),
+        ("site", "residual", True),
+        ("entry", "product", False),
+    ],
+)
+def test_hidden_counts_change_no_bit_and_visible_ones_do(
+    slides, standardized, model, residual, mask_unit: str, how: str, calibrated: bool
+):
+    model = {"product": model, "residual": residual}[how]
     model.config.mask_unit = mask_unit
     adata = slides["square"]
     spots = square(adata)
-    options = {"gene_selection": gene_selection, "num_gene_draws": 2}
+    options = {"calibrated": calibrated, "num_gene_draws": 2, "num_views": 2}
     before = reconstruct_region(adata, model, standardized, spots, **options)
     rng = np.random.default_rng(0)
     for counts in (0, 1000, rng.integers(0, 3000, (spots.sum(), adata.n_vars))):
@@ -100,8 +124,8 @@ def test_same_input_same_bits_and_the_slide_stays(slides, processor, model):
     pd.testing.assert_frame_equal(adata.obs, obs)
     assert (counts != adata.X).nnz == 0
     assert model.training
-    other = reconstruct_region(adata, model, processor, "hole", seed=1)
-    assert not np.array_equal(first, other)
+    seeds = [reconstruct_region(adata, model, processor, "hole", seed=seed, calibrated=False) for seed in (0, 1)]
+    assert not np.array_equal(*seeds)
     one_by_one = reconstruct_region(adata, model, processor, "hole", batch_size=1)
     np.testing.assert_allclose(first, one_by_one, atol=1e-4)
 
@@ -176,7 +200,7 @@ def plain_features(model, processor, image, hidden: np.ndarray, corners, views, 
         mask = mask[None, None].expand_as(batch["pixel_values"])
         with torch.no_grad():
             encoded = model.stimg(**batch, bool_masked_entries=mask).last_hidden_state
-            decoded = model.decode(encoded, batch["pixel_mask"], batch["coordinates"])[0].numpy()
+            decoded = model.decode(encoded, batch["pixel_mask"], batch["coordinates"])[0][0].numpy()
         for spot, row in zip(np.flatnonzero(hidden), views, strict=True):
             if number % len(corners) in row:
                 of_spot[spot].append(decoded[(image.rows[spot] - top) * size + image.cols[spot] - left])
@@ -199,6 +223,39 @@ def test_prediction_equals_a_plain_loop(slides, vocabulary, model, positions: st
     np.testing.assert_allclose(fast, np.maximum(slow, 0), atol=1e-4)
 
 
+def test_a_model_of_local_means_is_read_by_its_weights(slides, standardized, residual):
+    """One window at a time, the decoder's own local means of the genes that are asked for."""
+    image = standardized.slide_to_image(slides["square"])
+    hidden = (abs(image.rows - 5) < 3) & (abs(image.cols - 5) < 2)
+    seen, size, genes = image.part(~hidden), standardized.window_size, np.array([5, 90, 2])
+    corners, views = context_windows(image.part(hidden), seen, size, 2, 2)
+    found: dict[int, list[np.ndarray]] = {int(spot): [] for spot in np.flatnonzero(hidden)}
+    for number, (top, left) in enumerate(corners):
+        batch = dict(standardized(seen, windows=[(top, left)], first_window=number, return_tensors="pt"))
+        asked = standardized(seen, windows=[(top, left)], genes=genes, return_tensors="pt")["pixel_values"]
+        full = standardized(image, windows=[(top, left)], return_tensors="pt")
+        visible = batch["pixel_mask"][:, None].expand_as(asked)
+        batch["pixel_mask"], batch["coordinates"] = full["pixel_mask"], full["coordinates"]
+        mask = (full["pixel_mask"] & (batch.pop("spot_index") < 0))[:, None].expand_as(batch["pixel_values"])
+        with torch.no_grad():
+            encoded = residual.stimg(**batch, bool_masked_entries=mask).last_hidden_state
+            numbers = torch.from_numpy(genes)[None]
+            said = residual.reconstruct(encoded, numbers, batch["pixel_mask"], batch["coordinates"], asked, visible)[
+                0
+            ].numpy()
+        for spot, row in zip(np.flatnonzero(hidden), views, strict=True):
+            if number in row:
+                found[spot].append(said[:, image.rows[spot] - top, image.cols[spot] - left])
+    vocabulary = standardized.vocabulary
+    means = np.array([np.mean(of_spot, axis=0) for of_spot in found.values()])
+    expected = np.maximum(means * vocabulary.deviation[genes] + vocabulary.mean[genes], 0)
+    predicted = residual.reconstruct_spots(
+        image, standardized, hidden, genes=genes, stride=2, num_views=2, calibrated=False
+    )
+    np.testing.assert_allclose(predicted, expected, atol=1e-4)
+    assert (expected > 0).any()
+
+
 @pytest.fixture
 def read_spots(images, processor) -> ReadSpots:
     """Features that tell something of what was measured; of every third visible spot nothing was read."""
@@ -209,7 +266,7 @@ def read_spots(images, processor) -> ReadSpots:
     vectors = np.linalg.qr(rng.normal(size=(image.pad_id, 8)))[0]
     checks = dense(seen) @ vectors + 0.1 * rng.normal(size=(seen.num_spots, 8))
     checks[::3] = np.nan
-    return ReadSpots(hidden, seen, dense(hidden) @ vectors, checks, vectors, processor)
+    return ReadSpots(hidden, seen, SpotFeatures(dense(hidden) @ vectors), SpotFeatures(checks), vectors, processor)
 
 
 def dense(image) -> np.ndarray:
@@ -220,12 +277,12 @@ def test_calibration_is_the_trend_and_the_kriging_of_what_it_leaves(read_spots, 
     hidden, seen, genes = read_spots.hidden, read_spots.seen, np.array([7, 3, 60, 11])
     read = [v for v in range(seen.num_spots) if v % 3]
     places = [np.stack([part.rows, part.cols], axis=1).astype(float) for part in (seen, hidden)]
-    x, p = dense(seen)[read], read_spots.checks[read] @ read_spots.embeddings.T
+    x, p = dense(seen)[read], read_spots.of_checks.features[read] @ read_spots.embeddings.T
     slope = np.sum((p - p.mean(0)) * (x - x.mean(0))) / np.sum((p - p.mean(0)) ** 2)
     which, weights = kriging_weights([x, x - slope / 2 * p, x - slope * p], places[0][read], places[1])
     assert which == 2  # these features do tell something
     left = (x - slope * p)[:, genes]
-    trend = slope * read_spots.features @ read_spots.embeddings[genes].T
+    trend = slope * read_spots.of_hidden.features @ read_spots.embeddings[genes].T
     expected = trend + left.mean(0) + weights @ (left - left.mean(0))
     np.testing.assert_allclose(calibrate(read_spots, genes), expected, atol=1e-6)
     monkeypatch.setattr("modeling_stimg.reconstruction_stimg.VALUES_AT_ONCE", 100)
@@ -235,12 +292,12 @@ def test_calibration_is_the_trend_and_the_kriging_of_what_it_leaves(read_spots, 
     assert np.isfinite(calibrate(read_spots, genes)).all()
     # A model that contradicts the slide is not listened to: what is left is the interpolation.
     monkeypatch.undo()
-    contrary = replace(read_spots, checks=-read_spots.checks)
+    contrary = replace(read_spots, of_checks=SpotFeatures(-read_spots.of_checks.features))
     _, weights = kriging_weights([x], places[0][read], places[1])
     expected = x[:, genes].mean(0) + weights @ (x - x.mean(0))[:, genes]
     np.testing.assert_allclose(calibrate(contrary, genes), expected, atol=1e-6)
-    nothing = replace(read_spots, checks=np.full_like(read_spots.checks, np.nan))
-    np.testing.assert_array_equal(calibrate(nothing, genes), nothing.said(nothing.features, genes))
+    nothing = replace(read_spots, of_checks=SpotFeatures(np.full_like(read_spots.of_checks.features, np.nan)))
+    np.testing.assert_array_equal(calibrate(nothing, genes), nothing.said(nothing.of_hidden, genes))
 
 
 def test_kriging_equals_scikit_learns_gaussian_process_and_leaves_spots_out():
