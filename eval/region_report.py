@@ -90,7 +90,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3f}"
+    return MISSING if value is None else f"{value:.4f}"
 
 
 def plot_gene_maps(
