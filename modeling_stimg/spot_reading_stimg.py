@@ -140,7 +140,7 @@ class FeatureSums:
         reading, read, weight = (np.concatenate(part) for part in zip(*self.triplets, strict=True))
         weight = torch.from_numpy(weight / self.count[reading])
         weights = torch.sparse_coo_tensor(np.stack([reading, read]), weight, self.shape, check_invariants=True)
-        return SpotFeatures(features, weights.coalesce().to_sparse_csr())
+        return SpotFeatures(features, weights.coalesce())
 
 
 def _local_weights(
