@@ -130,7 +130,7 @@ class FeatureSums:
             self.count[spot[here]] += 1
             if weight is not None:
                 reading, read = np.meshgrid(spot[here], shown[shown >= 0], indexing="ij")
-                self.triplets.append((reading.ravel(), read.ravel(), weight[shown >= 0][:, here].T.ravel()))
+                self.triplets.append((reading.ravel(), read.ravel(), weight[here][:, shown >= 0].ravel()))
 
     def means(self) -> SpotFeatures:
         with np.errstate(invalid="ignore"):
@@ -146,14 +146,14 @@ class FeatureSums:
 def _local_weights(
     model: Any, hidden_states: torch.Tensor, pixel_mask: torch.Tensor, visible: np.ndarray
 ) -> np.ndarray:
-    """float64 (B, S*S, S*S): how much of the value at the first site a `"residual"` model takes to the second.
+    """float64 (B, S*S, S*S): how much a `"residual"` model takes to the first site of the value at the second.
 
     They are local means of genes that are 1 at one site, and visible wherever a spot is.
     """
     sites = pixel_mask[0].numel()
-    shown = torch.from_numpy(visible.reshape(len(visible), 1, sites) >= 0).to(hidden_states.device)
+    shown = torch.from_numpy(visible.reshape(len(visible), sites, 1) >= 0).to(hidden_states.device)
     one_hot = torch.eye(sites, device=hidden_states.device).expand(len(visible), -1, -1)
-    weights = model.decoder.local_mean(hidden_states, pixel_mask, one_hot, shown.expand(-1, sites, -1))
+    weights = model.decoder.local_mean(hidden_states, pixel_mask.flatten(1), one_hot, shown.expand(-1, -1, sites))
     return weights.cpu().double().numpy()
 
 
