@@ -36,6 +36,7 @@ from .configuration_stimg import STImageMAEConfig
 from .embedding_stimg import embed_image
 from .masking_stimg import default_masks, draw_mask, hidden_entries, masked_mean_squared_error
 from .positions_stimg import sine_cosine_positions, site_positions
+from .reconstruction_stimg import reconstruct_spots
 from .visible_sites_stimg import SiteSelection, select_sites
 
 AUTO_MAP = {
