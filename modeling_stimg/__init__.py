@@ -16,13 +16,18 @@ from .processing_stimg import STPatchProcessor
 from .slide_image_stimg import SlideImage
 
 if TYPE_CHECKING:
-    from .embedding import embed_slide
+    from .embedding import embed_slide, reconstruct_region
     from .plotting import plot_domains
     from .slides import read_slide
 
 __version__ = "0.1.0"
 
-_LAZY = {"read_slide": "slides", "embed_slide": "embedding", "plot_domains": "plotting"}
+_LAZY = {
+    "read_slide": "slides",
+    "embed_slide": "embedding",
+    "reconstruct_region": "embedding",
+    "plot_domains": "plotting",
+}
 
 AutoConfig.register(STImageMAEConfig.model_type, STImageMAEConfig)
 AutoModel.register(STImageMAEConfig, STImageMAEModel)
@@ -56,4 +61,5 @@ __all__ = [
     "embed_slide",
     "plot_domains",
     "read_slide",
+    "reconstruct_region",
 ]

@@ -1,13 +1,17 @@
-"""`embed_slide`: a frozen model over an AnnData."""
+"""`embed_slide` and `reconstruct_region`: a frozen model over an AnnData."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from tqdm.auto import tqdm
 
 from .processing_stimg import STPatchProcessor
+from .reconstruction_stimg import reconstruct_spots, variable_genes
+from .slide_image_stimg import SlideImage
 from .slides import read_slide
 
 KEY_ADDED = "X_stimg"
@@ -65,3 +69,110 @@ def embed_slide(
         progress=progress,
     )
     adata.obsm[key_added] = np.ascontiguousarray(embedding[image.spot_of_obs])
+
+
+def reconstruct_region(
+    adata: AnnData,
+    model: Any,
+    processor: STPatchProcessor,
+    spots: Sequence[bool] | np.ndarray | pd.Series | str,
+    genes: Sequence[str] | Sequence[int] | np.ndarray | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> pd.DataFrame:
+    """Predict the expression of a region from the spots around it, as if it had not been measured.
+
+    Nothing of the region's counts enters: changing them changes no bit of the prediction. The same input gives the same
+    bits. A spot outside the region that shares its array position with one inside is hidden too. Genes that were
+    measured on the slide are calibrated on the spots outside the region (`calibrate`); others are as the decoder says.
+
+    Args:
+        adata: as for `embed_slide`; it stays as it is.
+        model: an `STImageMAEForPreTraining`, best one trained with `mask_unit` `"mixed"` or `"site"`. processor: its
+            processor.
+        spots: bool (n_obs,), True = in the region, in the order of `adata.obs`; or the name of such a column of `obs`.
+        genes: names, of the slide or of the vocabulary, or vocabulary numbers, also of genes that were not measured on
+            this slide; None = the 512 genes of the slide that vary most over the spots outside the region.
+        progress: tell how many genes matched, and show a progress bar.
+        options: `window_size`, `stride`, `num_views`, `gene_selection`, `num_gene_draws`, `calibrated`, `batch_size`,
+            `device`, `seed`; see `reconstruct_spots`.
+
+    Returns:
+        float32 (spots of the region, genes), log1p of counts per the processor's `target_sum`: a row for each of the
+        region's `obs_names`, in the order of `adata.obs`, and a column for each gene as it was asked for, or as the
+        slide calls it.
+
+    Raises:
+        ValueError: a region that is empty, the whole slide or not told by one bool a spot, an unknown gene, a slide
+            that `embed_slide` refuses, or a model that cannot reconstruct.
+    """
+    region = _region(adata, spots)
+    slide = read_slide(adata)
+    image = processor.slide_to_image(slide, on_duplicate="first")
+    if progress:
+        tqdm.write(image.gene_match, file=sys.stderr)
+    # A position is hidden with all the spots on it.
+    hidden = np.zeros(image.num_spots, dtype=bool)
+    hidden[image.spot_of_obs[region]] = True
+    if hidden.all():
+        raise ValueError(
+            f"The region holds all {image.num_spots:,} array positions of the slide: leave some out, to predict it "
+            "from them."
+        )
+    numbers, names = _genes(slide, image, processor, hidden, genes)
+    predicted = reconstruct_spots(model, processor, image, hidden, genes=numbers, progress=progress, **options)
+    row = hidden.cumsum() - 1
+    return pd.DataFrame(predicted[row[image.spot_of_obs[region]]], index=adata.obs_names[region], columns=names)
+
+
+def _region(adata: AnnData, spots: Sequence[bool] | np.ndarray | pd.Series | str) -> np.ndarray:
+    """bool (n_obs,): the spots of a region, told by themselves or by a column of `obs`."""
+    told = "spots"
+    if isinstance(spots, str):
+        if spots not in adata.obs:
+            raise ValueError(
+                f"obs has no column {spots!r}: expected one of {list(adata.obs.columns)}, or a bool a spot."
+            )
+        told, spots = f"obs[{spots!r}]", adata.obs[spots]
+    region = np.asarray(spots)
+    if region.shape != (adata.n_obs,):
+        raise ValueError(f"{told} has shape {region.shape}: expected ({adata.n_obs},), True or False for every spot.")
+    if region.dtype == object and all(isinstance(value, bool | np.bool_) for value in region):
+        region = region.astype(bool)
+    if region.dtype != bool:
+        raise ValueError(
+            f"{told} holds {region.dtype} values, e.g. {region[0]!r}: expected True or False for every spot, such as "
+            f'adata.obs["label"] == "layer 1".'
+        )
+    if not region.any():
+        raise ValueError(f"{told} is True for no spot: there is no region to reconstruct.")
+    return region
+
+
+def _genes(
+    slide: AnnData,
+    image: SlideImage,
+    processor: STPatchProcessor,
+    hidden: np.ndarray,
+    genes: Sequence[str] | Sequence[int] | np.ndarray | None,
+) -> tuple[np.ndarray, list[str]]:
+    """Vocabulary numbers int64 (genes,), and names, of the genes asked for."""
+    of_column = processor.vocabulary.match(slide).ids  # int64 (n_vars,), -1 = unknown
+    if genes is None:
+        numbers = variable_genes(image.part(~hidden))
+        columns = {number: name for name, number in zip(slide.var_names[::-1], of_column[::-1], strict=True)}
+        return numbers, [str(columns[number]) for number in numbers]
+    if isinstance(genes, str):
+        raise ValueError(f"genes is the text {genes!r}: expected a list of names.")
+    given = np.asarray(genes)
+    if given.size == 0:
+        raise ValueError("genes is empty: expected at least one gene, or None for the slide's most variable ones.")
+    if given.ndim == 1 and given.dtype.kind not in "iu":
+        # What a slide calls a gene may be no name of the vocabulary's.
+        known = {str(name): number for name, number in zip(slide.var_names, of_column, strict=True) if number >= 0}
+        of_vocabulary = processor.vocabulary.encode(given.tolist())
+        numbers = np.array([known.get(str(name), n) for name, n in zip(given, of_vocabulary, strict=True)])
+        if (numbers >= 0).all():
+            return processor.gene_numbers(numbers), [str(name) for name in given]
+    numbers = processor.gene_numbers(genes)
+    return numbers, processor.vocabulary.decode(numbers)

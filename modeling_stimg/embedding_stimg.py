@@ -13,6 +13,8 @@
 # limitations under the License.
 """Embedding a whole slide: windows that cover it, the encoder over each, and one average a spot."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,40 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
     return options
 
 
+def check_pair(model: Any, processor: Any) -> None:
+    """Raise ValueError unless a model and a processor belong together, as far as they tell."""
+    if len(processor.vocabulary) + 1 != model.config.vocab_size:
+        raise ValueError(
+            f"The model has {model.config.vocab_size:,} gene embeddings, padding included, and the processor "
+            f"{len(processor.vocabulary):,} genes: they belong to different models; load both from one folder."
+        )
+    if processor.sample_unit != model.config.sample_unit:
+        raise ValueError(
+            f'The model was trained on the sample unit "{model.config.sample_unit}" and the processor makes '
+            f'"{processor.sample_unit}": load both from one folder.'
+        )
+
+
+@contextmanager
+def frozen(
+    network: Any, image: SlideImage, device: str | torch.device | None
+) -> Iterator[tuple[torch.device, torch.device]]:
+    """A network in evaluation mode on a device (None: where it is), and as it was afterwards.
+
+    Yields where it runs, and where windows of `image` are made.
+    """
+    where = network.device if device is None else usable_device(device)
+    home, was_training = network.device, network.training
+    # Windows are drawn with float64, which not every accelerator has.
+    sampler = where if where.type == "cuda" else torch.device("cpu")
+    network.to(where).eval()
+    try:
+        yield where, sampler
+    finally:
+        network.to(home).train(was_training)
+        image.release(sampler)
+
+
 @torch.no_grad()
 def embed_image(
     model: Any,
@@ -111,32 +147,15 @@ def embed_image(
         num_gene_draws=num_gene_draws,
         smoothing=smoothing,
     )
-    if len(processor.vocabulary) + 1 != model.config.vocab_size:
-        raise ValueError(
-            f"The model has {model.config.vocab_size:,} gene embeddings, padding included, and the processor "
-            f"{len(processor.vocabulary):,} genes: they belong to different models; load both from one folder."
-        )
-    if processor.sample_unit != model.config.sample_unit:
-        raise ValueError(
-            f'The model was trained on the sample unit "{model.config.sample_unit}" and the processor makes '
-            f'"{processor.sample_unit}": load both from one folder.'
-        )
+    check_pair(model, processor)
     if options["readout"] != "spot" and model.config.mask_unit == "entry":
         logger.warning_once(
             f'readout="{options["readout"]}" reads masked sites, which a model trained with mask_unit="entry" has not '
             'met: train with "mixed", or read "spot".'
         )
     encoder = model.base_model
-    where = encoder.device if device is None else usable_device(device)
-    home, was_training = encoder.device, encoder.training
-    # Windows are drawn with float64, which not every accelerator has.
-    sampler = where if where.type == "cuda" else torch.device("cpu")
-    encoder.to(where).eval()
-    try:
+    with frozen(encoder, image, device) as (where, sampler):
         parts = _readout_means(encoder, processor, image, options, batch_size, where, sampler, seed, progress)
-    finally:
-        encoder.to(home).train(was_training)
-        image.release(sampler)
     embedding = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     if options["smoothing"] > 0:
         embedding = neighbourhood_mean(image, embedding, options["smoothing"])
@@ -229,4 +248,4 @@ def neighbourhood_mean(image: SlideImage, features: np.ndarray, radius: int) -> 
     return total / count[:, None]
 
 
-__all__ = ["READOUTS", "embed_image", "embedding_options", "neighbourhood_mean"]
+__all__ = ["READOUTS", "check_pair", "embed_image", "embedding_options", "frozen", "neighbourhood_mean"]

@@ -36,6 +36,7 @@ from .configuration_stimg import STImageMAEConfig
 from .embedding_stimg import embed_image
 from .masking_stimg import default_masks, draw_mask, hidden_entries, masked_mean_squared_error
 from .positions_stimg import sine_cosine_positions, site_positions
+from .reconstruction_stimg import reconstruct_spots
 from .visible_sites_stimg import SiteSelection, select_sites
 
 AUTO_MAP = {
@@ -468,6 +469,26 @@ class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
             values, visible = (selection.gather(t.flatten(2).transpose(1, 2)) for t in (pixel_values, visible))
             predicted = predicted + self.decoder.local_mean(hidden_states, selection.tokens_kept, values, visible)
         return selection.scatter(predicted).transpose(1, 2).unflatten(-1, tuple(pixel_mask.shape[1:]))
+
+    def decode(
+        self, last_hidden_state: torch.Tensor, pixel_mask: torch.Tensor, coordinates: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every site the feature that genes are multiplied with, float (B, S*S, D), and the decoder's output that it
+        is projected from, float (B, S*S, decoder width); arguments as in `reconstruct`."""
+        positions = site_positions(self.config.position_embedding_type, pixel_mask, coordinates)
+        selection, features, hidden_states = self.decoder(last_hidden_state, pixel_mask, positions)
+        return selection.scatter(features), selection.scatter(hidden_states)
+
+    def reconstruct_spots(self, image: Any, processor: Any, spots: np.ndarray, **options: Any) -> np.ndarray:
+        """Predict spots of a `SlideImage` from those around them; see `reconstruct_spots` for the options.
+
+        Args:
+            spots: bool (num_spots,), True = hidden and predicted.
+
+        Returns:
+            float32 (hidden spots, genes), log1p values, in the image's order of spots.
+        """
+        return reconstruct_spots(self, processor, image, spots, **options)
 
 
 STImageMAEConfig.register_for_auto_class()

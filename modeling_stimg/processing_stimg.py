@@ -45,10 +45,13 @@ class Normalization:
             (B, C, 1, 1), by name; returns float32 (B, C, S, S). Empty sites and padded channels are set to 0 after it.
             None: the values as they are.
         statistics: what it needs of every gene, attributes of the vocabulary.
+        invert: what the model predicts back to log1p values: takes float64 (n, genes), and each of `statistics`,
+            float64 (genes,), by name. None: the values as they are.
     """
 
     apply: Callable[..., torch.Tensor] | None = None
     statistics: tuple[str, ...] = ()
+    invert: Callable[..., np.ndarray] | None = None
 
 
 def standardize(pixel_values: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
@@ -56,10 +59,15 @@ def standardize(pixel_values: torch.Tensor, mean: torch.Tensor, deviation: torch
     return pixel_values.sub_(mean).div_(deviation)
 
 
+def destandardize(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """value * deviation + mean, by gene."""
+    return values * deviation + mean
+
+
 # A further one is a further entry.
 NORMALIZATIONS = {
     "log1p": Normalization(),
-    "standardized": Normalization(standardize, ("mean", "deviation")),
+    "standardized": Normalization(standardize, ("mean", "deviation"), destandardize),
 }
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -305,7 +313,7 @@ class STPatchProcessor(BaseImageProcessor):
         if unknown.any():
             raise ValueError(
                 f"{int(unknown.sum())} of {len(numbers)} genes are not in the vocabulary, e.g. "
-                f"{given[unknown][0]!r}: it holds {len(self.vocabulary):,} genes; see processor.vocabulary."
+                f"{given[unknown].tolist()[0]!r}: it holds {len(self.vocabulary):,} genes; see processor.vocabulary."
             )
         if len(np.unique(numbers)) < len(numbers):
             raise ValueError(
@@ -323,6 +331,21 @@ class STPatchProcessor(BaseImageProcessor):
         values = normalization.apply(arrays["pixel_values"], **{k: v[:, :, None, None] for k, v in of_gene.items()})
         observed = arrays["channel_mask"][:, :, None, None] & arrays["pixel_mask"][:, None]
         return values.masked_fill_(~observed, 0)
+
+    def log1p_values(self, values: np.ndarray, gene_ids: np.ndarray) -> np.ndarray:
+        """What a model predicts, in the units of its input, as log1p of counts per `target_sum`.
+
+        Args:
+            values: float (n, genes). gene_ids: int64 (genes,), their vocabulary numbers.
+
+        Returns:
+            float64 (n, genes).
+        """
+        values, normalization = np.asarray(values, np.float64), NORMALIZATIONS[self.normalization]
+        if normalization.invert is None:
+            return values
+        statistics = {name: getattr(self.vocabulary, name)[gene_ids] for name in normalization.statistics}
+        return normalization.invert(values, **{name: given.astype(np.float64) for name, given in statistics.items()})
 
     def _statistic(self, name: str, device: torch.device) -> torch.Tensor:
         """float32 (len(vocabulary) + 1,): a gene statistic on a device; 1 for padding."""

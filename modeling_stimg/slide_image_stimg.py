@@ -14,7 +14,7 @@
 """SlideImage: a slide as a sparse image, one site a spot and one channel a gene."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -75,7 +75,7 @@ class SlideImage:
         pad_id: number that stands for no gene, `len(vocabulary)`.
         obs_index: int64 (num_spots,), the source row of every spot.
         spot_of_obs: int64 (n_obs,), the spot of every source row. Source rows that share an array position share a
-            spot.
+            spot. -1 in a `part` that the spot does not belong to.
         num_source_genes, num_matched_genes: columns of the source, and those that the vocabulary knows.
         name: what messages call the slide.
     """
@@ -154,6 +154,32 @@ class SlideImage:
             return self.indices[positions], self.values[positions], owner
         lengths = self.indptr[spots + 1] - self.indptr[spots]
         return self.indices[positions], self.values.of_counts(self.values.counts[positions], spots, lengths), owner
+
+    def part(self, spots: np.ndarray) -> "SlideImage":
+        """Some of the spots alone on the same grid: the sites of the others are empty, their counts are not held.
+
+        Args:
+            spots: bool (num_spots,), True = stays.
+
+        Raises:
+            ValueError: not one bool a spot.
+        """
+        spots = np.asarray(spots)
+        if spots.dtype != bool or spots.shape != (self.num_spots,):
+            raise ValueError(f"spots is {spots.dtype} {spots.shape}: expected bool ({self.num_spots},), one a spot.")
+        kept = np.flatnonzero(spots)
+        indices, values, owner = self.expression(kept)
+        number = np.append(np.where(spots, spots.cumsum() - 1, -1), -1)  # the last one is for -1
+        return replace(
+            self,
+            rows=self.rows[kept],
+            cols=self.cols[kept],
+            indptr=np.searchsorted(owner, np.arange(len(kept) + 1)).astype(np.int64),
+            indices=indices,
+            values=values,
+            obs_index=self.obs_index[kept],
+            spot_of_obs=number[self.spot_of_obs],
+        )
 
     def arrays(self, device: str | torch.device = "cpu") -> SlideArrays:
         """The slide's non-zeros on a device, put there once. On the CPU they are the NumPy arrays themselves.
