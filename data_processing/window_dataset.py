@@ -51,7 +51,7 @@ def _filled_up(key: str, tensor: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def give_way(worker: int, before: Callable[[int], None] | None = None) -> None:
-    """Initialise a loader's worker so that it runs where the training leaves a core idle, and never in its way.
+    """Initialise a loader's worker so that it runs where the training leaves a core idle, and seldom in its way.
 
     Threads of one matrix product wait for each other: a worker that takes a core from one of them stops them all.
 
@@ -61,7 +61,7 @@ def give_way(worker: int, before: Callable[[int], None] | None = None) -> None:
     if before is not None:
         before(worker)
     if hasattr(os, "nice"):
-        os.nice(19)
+        os.nice(10)  # with 19 the training, whose threads wait actively, leaves it too little
 
 
 class WindowDataset(Dataset):

@@ -186,9 +186,7 @@ def training(
     output_dir: OutputOption = Path("runs/training_throughput"),
     mask_unit: Annotated[
         list[str],
-        typer.Option(
-            help="Mask units to time, +residual: so reconstructed; the first also on a slide; repeatable."
-        ),
+        typer.Option(help="Mask units to time, +residual: so reconstructed; the first also on a slide; repeatable."),
     ] = [*MASK_UNITS, "mixed+residual"],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
     attention: Annotated[str, typer.Option(help="Attention implementation of all models.")] = "sdpa",
