@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from anndata import AnnData
+from hypothesis import settings
 
 from data_processing.phantom import PhantomTissue
 from modeling_stimg import GeneVocabulary, SlideImage, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
+
+# The same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,9 @@ def test_interpolations_equal_scikit_learns(seed: int, num_visible: int, num_hid
     neighbours = min(16, num_visible)
     nearest = KNeighborsRegressor(neighbours).fit(visible, values).predict(hidden)
     np.testing.assert_allclose(nearest_mean(values, visible, hidden), nearest, rtol=1e-6, atol=1e-7)
+    # On a grid: distances are rounded, so that spots at one distance count alike, which shows where they are tiny.
+    places = rng.permutation(41 * 41)[: num_visible + num_hidden]
+    visible, hidden = np.split(np.stack(np.divmod(places, 41), axis=1) / 2, [num_visible])
     for power in (1.0, 2.0):
         everything = KNeighborsRegressor(num_visible, weights=lambda d, power=power: d**-power).fit(visible, values)
         weighted = inverse_distance(values, visible, hidden, power)
