@@ -31,4 +31,4 @@ def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products in bfloat16. Without them they take tens of times as long."""
     if hasattr(torch.cpu, "get_capabilities"):
         return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
-    return torch.cpu._is_avx512_bf16_supported()  # before torch 2.11 or so
+    return torch.cpu._is_avx512_bf16_supported()  # an older torch, which tells of x86 alone
