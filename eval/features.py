@@ -15,6 +15,7 @@ import numpy as np
 
 from eval.baselines.across_slides import shared_components, shared_expression
 from eval.baselines.expression import coordinates_only, neighbourhood_mean, principal_components, raw_expression
+from eval.baselines.shuffled import shuffled_order
 from eval.embedders import Embedder, EncoderEmbedder, cached
 from eval.evaluation_sets import EvaluationSlide
 
@@ -47,7 +48,10 @@ class Method:
 
 
 def baseline_methods(seed: int = 0) -> list[Method]:
-    """Raw expression, its principal components and bare coordinates."""
+    """Raw expression, its principal components, bare coordinates, and raw expression on the wrong spots.
+
+    The last one is what a mean over neighbours gains by telling where a spot lies, and nothing else.
+    """
 
     def raw(slide: EvaluationSlide) -> np.ndarray:
         return raw_expression(slide.adata.X)
@@ -61,10 +65,17 @@ def baseline_methods(seed: int = 0) -> list[Method]:
     def components_across(training: Sequence[EvaluationSlide], test: EvaluationSlide) -> list[np.ndarray]:
         return shared_components([slide.adata for slide in training], test.adata, seed=seed)
 
+    def on_wrong_spots(features: np.ndarray) -> np.ndarray:
+        return features[shuffled_order(len(features), seed)]
+
+    def shuffled_across(training: Sequence[EvaluationSlide], test: EvaluationSlide) -> list[np.ndarray]:
+        return [on_wrong_spots(features) for features in raw_across(training, test)]
+
     return [
         Method("raw", raw, raw_across),
         Method("PCA", components, components_across),
         Method("coordinates only", lambda slide: coordinates_only(slide.rows, slide.cols)),
+        Method("raw, counts shuffled", lambda slide: on_wrong_spots(raw(slide)), shuffled_across),
     ]
 
 

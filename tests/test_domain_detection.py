@@ -17,6 +17,7 @@ from data_processing.phantom import PhantomTissue
 from data_processing.splits import block_splits, encode_labels, spot_splits, transfer_splits
 from eval import domain_scores
 from eval.baselines.gene_token import GeneTokenConfig, GeneTokenForPreTraining, nearest_spots_mean
+from eval.baselines.shuffled import shuffle_spots
 from eval.domain_scores import Protocol, plan_set
 from eval.embedders import EncoderEmbedder, cached, load_embedders, load_gene_token_embedders
 from eval.evaluation_sets import load_given_set
@@ -25,7 +26,7 @@ from eval.run_domain_detection import main
 from modeling_stimg import STImageMAEModel, STPatchProcessor, embed_slide, read_slide
 
 ROOT = Path(__file__).parents[1]
-BASELINES = ["raw", "PCA", "coordinates only"]
+BASELINES = ["raw", "PCA", "coordinates only", "raw, counts shuffled"]
 MODELS = ["untrained, random start", "stimg", f"stimg{BY_DEFAULT}"]
 NO_FIGURES = ("--figures", "false")
 QUICK = ("--num_splits", "2", "--mlp_epochs", "2", "--smoothings", "0", "1", "--tile_side", "3")
@@ -131,10 +132,13 @@ def plain_scores(features: np.ndarray, codes: np.ndarray, splits: list, probe: s
 
 @pytest.mark.parametrize("probe", ["knn", "linear"])
 @pytest.mark.parametrize("smoothing", [0, 1])
-def test_baselines_agree_with_scikit_learn(results: dict, folder: Path, probe: str, smoothing: int):
+@pytest.mark.parametrize("row", ["raw", "raw, counts shuffled"])
+def test_baselines_agree_with_scikit_learn(results: dict, folder: Path, probe: str, smoothing: int, row: str):
     """k-NN to the last vote, the linear probe but for spots on the border between two classes."""
     tolerance = 0 if probe == "knn" else 0.02
     adatas = {name: read_slide(folder / f"{name}.h5ad") for name in "ab"}
+    if row != "raw":
+        adatas = {name: shuffle_spots(adata, seed=0) for name, adata in adatas.items()}
     labels = {n: adata.obs["label"].astype(object).replace("undetermined", None) for n, adata in adatas.items()}
     for name, adata in adatas.items():
         features = plain_expression(adata)
@@ -144,7 +148,7 @@ def test_baselines_agree_with_scikit_learn(results: dict, folder: Path, probe: s
         rows, cols = (np.unique(axis, return_inverse=True)[1] for axis in (adata.obs["array_row"], cols))
         splits = {"spots": spot_splits(codes, 2), "blocks": block_splits(codes, rows, cols, 2, side=3)}
         for kind, of_kind in splits.items():
-            found = cell(results, name, "raw", kind, probe, smoothing)
+            found = cell(results, name, row, kind, probe, smoothing)
             assert (found["accuracy"], found["ari"]) == pytest.approx(
                 plain_scores(features, codes, of_kind, probe), abs=tolerance + 1e-12
             )
@@ -154,7 +158,7 @@ def test_baselines_agree_with_scikit_learn(results: dict, folder: Path, probe: s
         features = [plain_mean(f, adatas[name]) for f, name in zip(features, "ba", strict=True)]
     splits, _ = transfer_splits(labels["b"].to_numpy(), labels["a"].to_numpy(), 2)
     codes, _ = encode_labels(np.concatenate([labels["b"], labels["a"]]))
-    found = cell(results, "a", "raw", "slides", probe, smoothing)
+    found = cell(results, "a", row, "slides", probe, smoothing)
     assert found["accuracy"] == pytest.approx(
         plain_scores(np.concatenate(features), codes, splits, probe)[0], abs=tolerance + 1e-12
     )
@@ -204,7 +208,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_computes_nothing(
         evaluate(None, folder, tmp_path / "out", *options)
     monkeypatch.setitem(domain_scores.PROBES, "knn", lambda *a: (calls.append(1), probes["knn"](*a))[1])
     resumed = evaluate(None, folder, tmp_path / "out", *options)
-    assert len(calls) == len(resumed["records"]) == 3 * 2 * 2 * 2
+    assert len(calls) == len(resumed["records"]) == len(BASELINES) * 2 * 2 * 2
     for record in resumed["records"]:
         assert record in results["records"]
     assert evaluate(None, folder, tmp_path / "out", *options)["records"] == resumed["records"]

@@ -11,9 +11,13 @@ import numpy as np
 from anndata import AnnData
 
 
+def shuffled_order(num_spots: int, seed: int) -> np.ndarray:
+    """int64 (num_spots,): whose counts every spot gets; the same for all slides of one length."""
+    return np.random.default_rng([seed, num_spots]).permutation(num_spots)
+
+
 def shuffle_spots(adata: AnnData, seed: int) -> AnnData:
     """The slide with its rows of counts in random order; spots, positions and labels stay where they are."""
-    order = np.random.default_rng([seed, adata.n_obs]).permutation(adata.n_obs)
     shuffled = adata.copy()
-    shuffled.X = adata.X[order]
+    shuffled.X = adata.X[shuffled_order(adata.n_obs, seed)]
     return shuffled
