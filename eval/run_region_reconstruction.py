@@ -192,7 +192,9 @@ class Row:
         return self.slide, self.region, self.mask_size, self.window_size
 
     def sizes(self) -> str:
-        return f"{self.mask_size} in {self.window_size}" if self.mask_size else self.region
+        if self.mask_size:
+            return f"{self.mask_size} x {self.mask_size} sites hidden in {self.window_size} x {self.window_size}"
+        return self.region
 
 
 def all_rows(slides: list[str], arguments: RegionArguments) -> list[Row]:
