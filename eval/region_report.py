@@ -1,7 +1,10 @@
-"""Records of region reconstruction -> table.md in the layout of the paper's grid, and maps of single genes."""
+"""Records of region reconstruction -> tables in the layout of the paper's grid, curves, and maps of single genes."""
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,11 @@ from modeling_stimg.plotting import new_figure, save_figure
 Record = Mapping[str, Any]
 MISSING = "–"  # noqa: RUF001 - a dash for "no such measurement"
 NUM_MAPS = 4
+PLACE = ("slide", "region", "mask_size", "window_size", "predictor")
+GENE_MAPS_FILE = "gene_maps.json"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")  # Okabe and Ito
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+OFF_SCALE = "zeros"  # an error several times that of all others, which would flatten their curves
 
 
 def region_table(records: Sequence[Record], units: str, skipped: Sequence[str]) -> str:
@@ -93,7 +101,66 @@ def _number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.4f}"
 
 
-def plot_gene_maps(
+def region_csv(records: Sequence[Record]) -> str:
+    """Comma-separated values: a line for every predictor, slide and size, each metric with its deviation."""
+    metrics = [name for metric in METRICS for name in (metric, f"{metric}_sd")]
+    header = [*PLACE, *metrics, "pearson_genes", "repetitions", "hidden_spots", "genes", "seen"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: record.get(name) for name in header} for record in records)
+    return text.getvalue()
+
+
+def plot_regions(records: Sequence[Record], units: str, path: Path) -> bool:
+    """MSE over the side of the window, a panel a side of the mask, a curve a predictor; means over slides.
+
+    The curve of `"zeros"` is left out.
+
+    Returns:
+        whether there is something to draw: squares in windows of two sizes or more.
+    """
+    squares = [r for r in records if r["mask_size"] is not None and r["predictor"] != OFF_SCALE]
+    masks, windows = (sorted(set(_distinct(squares, key))) for key in ("mask_size", "window_size"))
+    if len(windows) < 2:
+        return False
+    num_columns = min(3, len(masks))
+    num_rows = math.ceil(len(masks) / num_columns)
+    figure = new_figure(3.6 * num_columns + 2.4, 3 * num_rows + 0.4)
+    panels = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True).ravel()
+    for ax, mask in zip(panels, masks, strict=False):
+        for number, predictor in enumerate(_distinct(squares, "predictor")):
+            found = {
+                window: _mean(
+                    [
+                        r["mse"]
+                        for r in squares
+                        if (r["predictor"], r["mask_size"], r["window_size"]) == (predictor, mask, window)
+                    ]
+                )
+                for window in windows
+            }
+            points = [(window, value) for window, value in found.items() if value is not None]
+            if points:
+                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                # Rows of a model are drawn full, simple predictors dashed.
+                style = "-" if any(r.get("seen") for r in squares if r["predictor"] == predictor) else "--"
+                ax.plot(*zip(*points, strict=True), style, color=colour, marker=marker, markersize=5, label=predictor)
+        ax.set_title(f"mask of {mask} x {mask} sites", fontsize=9)
+        ax.set_xticks(windows)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in panels[len(masks) :]:
+        ax.set_axis_off()
+    labels = {label: handle for ax in panels for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels, loc="outside right upper", frameon=False, fontsize=8, title="predictor")
+    figure.supxlabel("side of the window that is seen [sites]", fontsize=9)
+    figure.supylabel(f"mean squared error [({units})²]", fontsize=9)
+    save_figure(figure, path)
+    return True
+
+
+def gene_maps(
     positions: np.ndarray,
     hidden: np.ndarray,
     context: np.ndarray,
@@ -102,39 +169,63 @@ def plot_gene_maps(
     gene_names: Sequence[str],
     title: str,
     units: str,
-    path: Path,
-) -> None:
-    """Maps of the first genes of a reconstruction as an image file: a row a gene; truth, prediction, error.
-
-    The prediction is drawn where it is one, among the visible spots as they were measured; the edges of its spots are
-    black. Colours: viridis for expression, on one scale for both maps of a gene, and purple to orange for errors.
+) -> dict[str, Any]:
+    """What `plot_gene_maps` draws of the first genes of a reconstruction: plain values, for JSON.
 
     Args:
         positions: float (spots, 2) of the spots to draw, x and y downwards, in distances between neighbours.
         hidden: bool (spots,). context: float (visible spots, genes), what was measured there.
-        gene_names: of all genes of the reconstruction.
+        predictor: whose predictions are shown. gene_names: of all genes of the reconstruction.
+    """
+    genes = range(min(NUM_MAPS, len(gene_names)))
+    measured, predicted = np.zeros((2, len(genes), len(positions)))
+    for gene in genes:
+        measured[gene][~hidden] = predicted[gene][~hidden] = context[:, gene]
+        measured[gene][hidden] = reconstruction.truth[:, gene]
+        predicted[gene][hidden] = reconstruction.predicted[predictor][:, gene]
+    return {
+        "title": title,
+        "units": units,
+        "predictor": predictor,
+        "positions": positions.tolist(),
+        "hidden": hidden.tolist(),
+        "genes": list(gene_names[: len(genes)]),
+        "measured": measured.tolist(),
+        "predicted": predicted.tolist(),
+    }
+
+
+def plot_gene_maps(maps: Mapping[str, Any], path: Path) -> None:
+    """Maps of `gene_maps` as an image file: a row a gene; truth, prediction, error.
+
+    The prediction is drawn where it is one, among the visible spots as they were measured; the edges of its spots are
+    black. Colours: viridis for expression, on one scale for both maps of a gene, and purple to orange for errors.
     """
     from matplotlib import colormaps
     from matplotlib.collections import EllipseCollection
 
-    shown = range(min(NUM_MAPS, len(gene_names)))
-    figure = new_figure(11, 3.1 * len(shown) + 0.6)
-    figure.suptitle(title)
+    positions, hidden, units = np.array(maps["positions"]), np.array(maps["hidden"]), maps["units"]
+    num_genes = len(maps["genes"])
+    figure = new_figure(11, 3.1 * num_genes + 0.6)
+    figure.suptitle(maps["title"])
     low, high = positions.min(0) - 1, positions.max(0) + 1
-    for row, gene in zip(figure.subplots(len(shown), 3, squeeze=False), shown, strict=True):
-        truth, predicted = np.zeros((2, len(positions)))
-        truth[~hidden] = predicted[~hidden] = context[:, gene]
-        truth[hidden] = reconstruction.truth[:, gene]
-        predicted[hidden] = reconstruction.predicted[predictor][:, gene]
-        error = np.where(hidden, predicted - truth, np.nan)
+    rows = zip(
+        figure.subplots(num_genes, 3, squeeze=False),
+        maps["genes"],
+        np.array(maps["measured"]),
+        np.array(maps["predicted"]),
+        strict=True,
+    )
+    for row, name, measured, predicted in rows:
+        error = np.where(hidden, predicted - measured, np.nan)
         bound = np.nanmax(np.abs(error)) or 1.0
-        top = max(truth.max(), predicted.max()) or 1.0
+        top = max(measured.max(), predicted.max()) or 1.0
         panels = (
-            (f"{gene_names[gene]}: measured", truth, "viridis", (0, top), units),
-            (f"predicted ({predictor})", predicted, "viridis", (0, top), units),
+            (f"{name}: measured", measured, "viridis", (0, top), units),
+            (f"predicted ({maps['predictor']})", predicted, "viridis", (0, top), units),
             ("predicted - measured", error, "PuOr_r", (-bound, bound), f"difference, {units}"),
         )
-        for ax, (name, values, colours, limits, label) in zip(row, panels, strict=True):
+        for ax, (title, values, colours, limits, label) in zip(row, panels, strict=True):
             size = np.full(len(positions), 0.92)
             spots = EllipseCollection(
                 size, size, np.zeros(len(positions)), units="xy", offsets=positions, offset_transform=ax.transData
@@ -147,7 +238,7 @@ def plot_gene_maps(
             bar = figure.colorbar(spots, ax=ax, shrink=0.8)
             bar.set_label(label, fontsize=7)
             ax.set(aspect="equal", xticks=[], yticks=[], xlim=(low[0], high[0]), ylim=(high[1], low[1]))
-            ax.set_title(name, fontsize=9)
+            ax.set_title(title, fontsize=9)
             ax.spines[:].set_visible(False)
     figure.supxlabel("Spots with a black edge were hidden; grey: seen, so without an error.", fontsize=8)
     save_figure(figure, path)

@@ -1,120 +1,73 @@
-r"""Tables and figures of domain detection, from one or several `results.json`.
+r"""Tables and figures from several `results.json`: domain detection, hidden regions, an ablation, in one report.
 
-    python eval/report.py runs/domains/results.json runs/more/results.json --output_dir runs/report
+    python eval/report.py runs/domains/results.json runs/regions/results.json --output_dir runs/report
 
-Writes `report.md` (means over sets, the paper's layout with a column a set, then set by set), `slides.md` (slide by
-slide), `report.csv` (all of it) and figures. Means are taken over the slides of a set first, then over sets.
+Writes `report.md`, tables and figures. Domain detection: means over sets, the paper's layout with a column a set, then
+set by set; `slides.md` slide by slide, `report.csv`, bars, curves over smoothing, maps of domains. Hidden regions: the
+paper's grid of sizes, `regions.csv`, curves over window size, maps of genes (truth, prediction, error). An ablation: a
+table and `ablation.csv`; a curve for every factor of numbers, such as the window size.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_processing.writing import write_whole
-from eval.aggregate import (
-    METRICS,
-    PLACE,
-    Mean,
-    MeanOf,
-    Record,
-    check_records,
-    distinct,
-    matching,
-    set_mean,
-    slide_mean,
-    smoothing_name,
-)
+from eval import aggregate, region_report
+from eval.ablation_report import ablation_csv, ablation_table, plot_curves
 from eval.domain_figures import MAPS_FILE, load_maps, plot_bars, plot_maps_of_slide, plot_smoothing
-from eval.results import markdown_table
+from eval.domain_report import csv_table, results_table, slides_table
+from eval.region_report import GENE_MAPS_FILE, plot_gene_maps, plot_regions, region_csv, region_table
 
-PROBE_TITLES = {"knn": "k-NN", "linear": "linear", "mlp": "MLP", "leiden": "Leiden"}
-SPLIT_TITLES = {
-    "spots": "trained on 20 % of a slide's spots at random",
-    "blocks": "trained on 20 % of a slide's tiles",
-    "slides": "trained on other slides",
-    "no labels": "found without labels, as many clusters as domains",
-}
-MISSING = "–"  # noqa: RUF001 - a dash for "no such measurement"
+Record = Mapping[str, Any]
 
 
-def results_table(records: Sequence[Record], metadata: Mapping[str, Any] | None = None) -> str:
-    """Markdown: means over sets, the paper's layout, then every set.
+@dataclass
+class Results:
+    """The results of one kind, of all files together.
 
-    Rows and columns stand in the order of their first appearance. A mean over fewer slides than there are says over
-    how many.
-
-    Args:
-        records: see `eval/aggregate.py`. metadata: of the results; its notes on slides are printed.
+    Attributes:
+        records: each cell once. metadata: of every file. folders: that they came from.
     """
-    check_records(records)
-    sets = distinct(records, "set")
-    about = f"{len(sets)} set(s), {len(distinct(records, 'slide'))} slide(s)"
-    lines = [
-        "# Domain detection",
-        "",
-        f"Accuracy / adjusted Rand index; without labels the index alone. {about}; "
-        "columns: the neighbourhood mean, in sites, that all features are given.",
-        "",
-        *_by_smoothing(records, set_mean, "mean over sets" if len(sets) > 1 else f"set {sets[0]}"),
-    ]
-    if len(sets) > 1:
-        lines += _paper_layout(records, sets)
-        for name in sets:
-            lines += _by_smoothing(matching(records, set=name), slide_mean, f"set {name}")
-    notes = _notes(metadata or {})
-    return "\n".join([*lines, *(["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else [])])
+
+    records: list[Record] = field(default_factory=list)
+    metadata: list[Mapping[str, Any]] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+
+    def of_all(self, key: str) -> Any:
+        """What all files tell under a key.
+
+        Raises:
+            ValueError: one tells another.
+        """
+        values = [metadata[key] for metadata in self.metadata]
+        if any(value != values[0] for value in values):
+            folders = ", ".join(map(str, self.folders))
+            raise ValueError(f"The results of {folders} differ in {key} ({values}): give one of them.")
+        return values[0]
 
 
-def slides_table(records: Sequence[Record]) -> str:
-    """Markdown: every slide with the deviation over splits."""
-    check_records(records)
-    lines = ["# Slide by slide", "", "Accuracy ± deviation over splits / adjusted Rand index ± deviation.", ""]
-    for name in distinct(records, "set"):
-        for slide in distinct(matching(records, set=name), "slide"):
-            lines += [f"## {name}: {slide}", ""]
-            of_slide = matching(records, set=name, slide=slide)
-            for split, probe in _tables(of_slide):
-                cells = matching(of_slide, split=split, probe=probe)
-                lines += [f"### {_title(split, probe)}", "", *_rows(cells, _slide_cell), ""]
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Kind:
+    """What one script of this folder leaves in its `results.json`.
 
-
-def csv_table(records: Sequence[Record]) -> str:
-    """Every mean and every slide as comma-separated values, a metric and its deviation a column.
-
-    The level says what a line is: of a slide (deviation over splits), of a set (over its slides), of all sets (over
-    sets).
+    Attributes:
+        script: that wrote it. place: keys that every record has, and that tell one cell from another. told: keys of the
+            metadata that the report needs. alike: those of them that have to be the same in all files. write: makes its
+            part of `report.md`, and files beside it.
     """
-    check_records(records)
-    metrics = [name for metric in METRICS for name in (metric, f"{metric}_sd")]
-    header = ["level", *PLACE, *metrics, "num_slides", "seen"]
-    rows = []
-    for record in records:
-        values = {**{key: record[key] for key in PLACE}, **{name: record.get(name) for name in metrics}}
-        rows.append({"level": "slide", **values, "num_slides": 1, "seen": record.get("seen", "")})
-    groups = dict.fromkeys(tuple(r[key] for key in ("split", "features", "smoothing", "probe")) for r in records)
-    places = [dict(zip(("split", "features", "smoothing", "probe"), group, strict=True)) for group in groups]
-    for name in [*distinct(records, "set"), None]:
-        of_set = records if name is None else matching(records, set=name)
-        for place in places:
-            means = {m: (set_mean if name is None else slide_mean)(matching(of_set, **place), m) for m in METRICS}
-            if means["ari"] is not None:
-                row = {"level": "all" if name is None else "set", "set": name or "", "slide": "", **place}
-                for metric, mean in means.items():
-                    row |= {} if mean is None else {metric: mean.value, f"{metric}_sd": mean.deviation}
-                rows.append({**row, "num_slides": means["ari"].num_slides, "seen": means["ari"].seen})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, header, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+
+    script: str
+    place: tuple[str, ...]
+    told: tuple[str, ...]
+    alike: tuple[str, ...]
+    write: Callable[[Results, Path], str]
 
 
 def write_report(paths: Sequence[Path], output: Path) -> str:
@@ -124,128 +77,114 @@ def write_report(paths: Sequence[Path], output: Path) -> str:
         The text of `report.md`.
 
     Raises:
-        ValueError: a file that is no such results, or two with different numbers for one cell.
+        ValueError: a file that holds no results of a known kind, or two with different numbers for one cell.
     """
-    records, metadata = merged(paths)
-    text = results_table(records, metadata)
+    found = merged(paths)
+    for name, results in found.items():
+        for key in KINDS[name].alike:
+            results.of_all(key)
     output.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(KINDS[name].write(results, output) for name, results in found.items())
     write_whole(output / "report.md", text.encode())
-    write_whole(output / "slides.md", slides_table(records).encode())
-    write_whole(output / "report.csv", csv_table(records).encode())
-    plot_bars(records, output / "ari.png")
-    plot_smoothing(records, output / "smoothing.png")
-    for path in paths:
-        for name, maps in load_maps(path.with_name(MAPS_FILE)).items():
-            plot_maps_of_slide(maps, output / f"maps_{name}.png")
     return text
 
 
-def merged(paths: Sequence[Path]) -> tuple[list[Record], dict[str, Any]]:
-    """The records of all files, each cell once, and the files' metadata as far as it concerns slides and sets."""
+def merged(paths: Sequence[Path]) -> dict[str, Results]:
+    """The results of all files by kind, in the order of `KINDS`, each cell once."""
+    found: dict[str, Results] = {}
     cells: dict[tuple, Record] = {}
-    metadata: dict[str, Any] = {"sets": {}, "smaller_than_a_window": {}}
     for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found, told = content["records"], content["metadata"]
-            check_records(found)
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not hold results of eval/run_domain_detection.py ({error}).") from error
-        for record in found:
-            place = tuple(record[key] for key in PLACE)
-            if cells.setdefault(place, record) != record:
-                raise ValueError(f"{path} has other numbers than the files before it for {place}: give one of them.")
+        name, records, metadata = _read(path)
+        results = found.setdefault(name, Results())
+        for record in records:
+            place = (name, *(record[key] for key in KINDS[name].place))
+            if place not in cells:
+                cells[place] = record
+                results.records.append(record)
+            elif cells[place] != record:
+                raise ValueError(
+                    f"{path} has other numbers than the files before it for {place[1:]}: give one of them."
+                )
+        results.metadata.append(metadata)
+        results.folders.append(path.parent)
+    if not found:
+        raise ValueError("There are no results: give one results.json or several.")
+    return {name: found[name] for name in KINDS if name in found}
+
+
+def _read(path: Path) -> tuple[str, list[Record], Mapping[str, Any]]:
+    """Kind, records and metadata of a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        records, metadata = content["records"], content["metadata"]
+        for name, kind in KINDS.items():
+            if records and all(key in record for record in records for key in kind.place):
+                missing = [key for key in kind.told if key not in metadata]
+                if missing:
+                    raise KeyError(f"its metadata lack {', '.join(missing)}")
+                if name == DOMAINS:
+                    aggregate.check_records(records)
+                return name, records, metadata
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold results of {_scripts()} ({error}).") from error
+    raise ValueError(f"{path} does not hold results of {_scripts()}: its records have other keys, or there are none.")
+
+
+def _scripts() -> str:
+    return ", ".join(kind.script for kind in KINDS.values())
+
+
+# ---------------------------------------------------------------- kinds
+
+
+def _write_domains(results: Results, output: Path) -> str:
+    metadata: dict[str, Any] = {"sets": {}, "smaller_than_a_window": {}}
+    for told in results.metadata:
         for key in metadata:
             metadata[key] |= told.get(key, {})
-    if not cells:
-        raise ValueError("There are no results: give one results.json or several.")
-    return list(cells.values()), metadata
+    write_whole(output / "slides.md", slides_table(results.records).encode())
+    write_whole(output / "report.csv", csv_table(results.records).encode())
+    plot_bars(results.records, output / "ari.png")
+    plot_smoothing(results.records, output / "smoothing.png")
+    for folder in results.folders:
+        for name, maps in load_maps(folder / MAPS_FILE).items():
+            plot_maps_of_slide(maps, output / f"maps_{name}.png")
+    return results_table(results.records, metadata)
 
 
-# ---------------------------------------------------------------- tables
+def _write_regions(results: Results, output: Path) -> str:
+    units = results.of_all("units")
+    skipped = list(dict.fromkeys(sentence for told in results.metadata for sentence in told["skipped"]))
+    write_whole(output / "regions.csv", region_csv(results.records).encode())
+    plot_regions(results.records, units, output / "regions.png")
+    for number, folder in enumerate(results.folders):
+        if (folder / GENE_MAPS_FILE).exists():
+            maps = json.loads((folder / GENE_MAPS_FILE).read_text(encoding="utf-8"))
+            plot_gene_maps(maps, output / f"genes_{number}.png")
+    return "# Hidden regions\n\n" + region_table(results.records, units, skipped)
 
 
-def _tables(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Split and probe of every table, split by split."""
-    pairs = dict.fromkeys((record["split"], record["probe"]) for record in records)
-    splits = distinct(records, "split")
-    order = [*(s for s in SPLIT_TITLES if s in splits), *(s for s in splits if s not in SPLIT_TITLES)]
-    return [pair for split in order for pair in pairs if pair[0] == split]
+def _write_ablation(results: Results, output: Path) -> str:
+    base_key = results.of_all("base_key")
+    planned = [(record["factor"], record["variant"]) for record in results.records]
+    write_whole(output / "ablation.csv", ablation_csv(results.records, base_key).encode())
+    plot_curves(results.records, output)
+    return "# Ablation\n\n" + ablation_table(results.records, planned, base_key)
 
 
-def _title(split: str, probe: str) -> str:
-    return f"{split}, {PROBE_TITLES.get(probe, probe)}"
-
-
-def _by_smoothing(records: Sequence[Record], mean_of: MeanOf, title: str) -> list[str]:
-    num_slides = {split: len(distinct(matching(records, split=split), "slide")) for split in distinct(records, "split")}
-    lines = [f"## {title[0].upper()}{title[1:]}", ""]
-    for split, probe in _tables(records):
-        cells = matching(records, split=split, probe=probe)
-        about = f"{SPLIT_TITLES.get(split, split)}; {num_slides[split]} slide(s)"
-        lines += [f"### {_title(split, probe)}", "", f"{about[0].upper()}{about[1:]}.", ""]
-        lines += [*_rows(cells, lambda found, n=num_slides[split]: _mean_cell(found, mean_of, n)), ""]
-    return lines
-
-
-def _rows(records: Sequence[Record], cell: Any) -> list[str]:
-    """A row of every features, a column of every smoothing, and what models saw."""
-    radii = sorted(distinct(records, "smoothing"))
-    rows = []
-    for name in distinct(records, "features"):
-        of_features = matching(records, features=name)
-        mean = set_mean(of_features, "ari")
-        cells = [cell(matching(of_features, smoothing=radius)) for radius in radii]
-        rows.append([name, *cells, (mean.seen if mean else "") or MISSING])
-    return markdown_table(["features", *map(smoothing_name, radii), "seen"], rows)
-
-
-def _paper_layout(records: Sequence[Record], sets: Sequence[str]) -> list[str]:
-    """A row of every features as they are, a column of every set and their mean."""
-    lines = ["## By set, features as they are", ""]
-    as_they_are = matching(records, smoothing=0)
-    for split, probe in _tables(as_they_are):
-        cells = matching(as_they_are, split=split, probe=probe)
-        counts = {name: len(distinct(matching(records, set=name, split=split), "slide")) for name in sets}
-        rows = []
-        for name in distinct(cells, "features"):
-            found = matching(cells, features=name)
-            by_set = [_mean_cell(matching(found, set=s), slide_mean, counts[s]) for s in sets]
-            rows.append([name, *by_set, _mean_cell(found, set_mean, sum(counts.values()))])
-        lines += [f"### {_title(split, probe)}", "", *markdown_table(["features", *sets, "mean"], rows), ""]
-    return lines
-
-
-def _mean_cell(records: Sequence[Record], mean_of: MeanOf, num_slides: int) -> str:
-    ari, accuracy = mean_of(records, "ari"), mean_of(records, "accuracy")
-    if ari is None:
-        return MISSING
-    cell = _values(accuracy, ari)
-    return cell if ari.num_slides == num_slides else f"{cell} ({ari.num_slides} of {num_slides})"
-
-
-def _values(accuracy: Mean | None, ari: Mean) -> str:
-    return f"{ari.value:.3f}" if accuracy is None else f"{accuracy.value:.3f} / {ari.value:.3f}"
-
-
-def _slide_cell(records: Sequence[Record]) -> str:
-    if not records:
-        return MISSING
-    (record,) = records
-    shown = [metric for metric in ("accuracy", "ari") if record.get(metric) is not None]
-    deviations = [f" ± {record[f'{m}_sd']:.3f}" if record.get(f"{m}_sd") is not None else "" for m in shown]
-    return " / ".join(f"{record[m]:.3f}{d}" for m, d in zip(shown, deviations, strict=True))
-
-
-def _notes(metadata: Mapping[str, Any]) -> list[str]:
-    notes = [note for of_set in metadata.get("sets", {}).values() for note in of_set["notes"]]
-    small = metadata.get("smaller_than_a_window", {})
-    return notes + [f"{name}: no window fits into {', '.join(slides)}." for name, slides in small.items()]
+DOMAINS = "domains"
+KINDS = {
+    DOMAINS: Kind("eval/run_domain_detection.py", aggregate.PLACE, (), (), _write_domains),
+    "regions": Kind(
+        "eval/run_region_reconstruction.py", region_report.PLACE, ("units", "skipped"), ("units",), _write_regions
+    ),
+    "ablation": Kind("eval/run_ablation.py", ("factor", "variant"), ("base_key",), ("base_key",), _write_ablation),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", nargs="+", type=Path, help="results.json of eval/run_domain_detection.py.")
+    parser.add_argument("results", nargs="+", type=Path, help="results.json of the scripts of this folder.")
     parser.add_argument("--output_dir", required=True, type=Path, help="Folder for the report; made if missing.")
     arguments = parser.parse_args(argv)
     print(write_report(arguments.results, arguments.output_dir))

@@ -25,12 +25,12 @@ from data_processing.corpus import find_slides, load_pretraining, slide_name
 from data_processing.sources import EVALUATION_SETS
 from eval.clustering import CLUSTERINGS
 from eval.domain_figures import write_figures
+from eval.domain_report import results_table
 from eval.domain_scores import Plan, Protocol, plan_set, score_all
 from eval.embedders import GENE_TOKENS, Embedder, EncoderEmbedder, load_embedders, load_gene_token_embedders
 from eval.evaluation_sets import UNLABELLED, EvaluationSet, load_given_set, load_named_set, named_paths
 from eval.features import Method, baseline_methods, embedder_methods
 from eval.probes import PROBES
-from eval.report import results_table
 from eval.results import run_metadata, write_results
 from eval.resumable import ScoreLog
 

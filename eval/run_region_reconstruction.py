@@ -8,8 +8,8 @@ alone. With --region COLUMN or --polygon, that region of every slide is hidden i
 is seen. Predicted are the genes that vary most over the spots of the slide that are not hidden, in log1p of counts per
 the processor's `target_sum`, by the model, by the model before training, and by predictors that cost nothing.
 
-Writes `results.json`, `table.md` and `maps.png` into the output folder. A row that is in `results.json` already is not
-computed again, so an interrupted run goes on where it was.
+Writes `results.json`, `table.md` and figures into the output folder (`eval/report.py` puts several together). A row
+that is in `results.json` already is not computed again, so an interrupted run goes on where it was.
 """
 
 import json
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
 
 from data_processing.corpus import find_slides, load_pretraining, read_slides
+from data_processing.writing import write_whole
 from eval.provenance import seen
 from eval.region_reconstruction import (
     EvaluatedSlide,
@@ -36,7 +37,7 @@ from eval.region_reconstruction import (
     square_regions,
     summarise,
 )
-from eval.region_report import plot_gene_maps, region_table
+from eval.region_report import GENE_MAPS_FILE, gene_maps, plot_gene_maps, plot_regions, region_table
 from eval.results import run_metadata, write_results
 from modeling_stimg import STImageMAEForPreTraining, STPatchProcessor
 
@@ -50,7 +51,7 @@ class RegionArguments:
 
     model: str = field(metadata={"help": "Model folder, as train/run_pretrain.py writes it, or Hub id."})
     slides: list[str] = field(metadata={"help": "Slides, best unseen ones: files or globs; $VARIABLES are expanded."})
-    output_dir: str = field(metadata={"help": "Folder for results.json, table.md and maps.png; made if missing."})
+    output_dir: str = field(metadata={"help": "Folder for results.json, table.md and figures; made if missing."})
     mask_sizes: list[int] = field(
         default_factory=lambda: [4, 8, 10, 14, 16, 18], metadata={"help": "Sides of the hidden squares, in sites."}
     )
@@ -288,13 +289,13 @@ class Evaluation:
             "weights": weights,
         }
 
-    def draw(self, row: Row, path: Path) -> None:
+    def draw(self, row: Row) -> dict[str, Any]:
         """Maps of the first genes of the first region of a row."""
         slide, region = self.slide(row.slide), self.regions(row)[0]
         found = self.reconstruct(row, region)
         drawn = region.hidden | region.visible
         names = self.processor.vocabulary
-        plot_gene_maps(
+        return gene_maps(
             slide.positions[drawn],
             region.hidden[drawn],
             slide.values(region.visible, found.genes),
@@ -303,7 +304,6 @@ class Evaluation:
             [names.gene_names[gene] or names.gene_ids[gene] for gene in found.genes],
             f"{row.slide}, {row.sizes()}: the genes that vary most outside the hidden region",
             self.units,
-            path,
         )
 
 
@@ -332,6 +332,16 @@ def finished_records(output: Path, settings: dict[str, Any], slides: dict[str, s
     return records
 
 
+def write(
+    output: Path, done: dict[tuple[Any, ...], list[dict[str, Any]]], metadata: dict[str, Any]
+) -> tuple[list[dict[str, Any]], str]:
+    """Write what is there; its records and its table."""
+    records = [record for of_row in done.values() for record in of_row]
+    text = region_table(records, metadata["units"], metadata["skipped"])
+    write_results(output, records, metadata, text)
+    return records, text
+
+
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(RegionArguments).parse_args_into_dataclasses(argv)
     arguments.check()
@@ -355,9 +365,8 @@ def main(argv: list[str] | None = None) -> None:
         units=evaluation.units,
         corpus=None if evaluation.corpus is None else [record.name for record in evaluation.corpus],
         pretraining=evaluation.pretraining,
+        skipped=(skipped := []),
     )
-    skipped = []
-    text = ""
     for row in tqdm(rows, desc="regions"):
         if row.key not in done:
             found = list(evaluation.records(row))
@@ -365,13 +374,15 @@ def main(argv: list[str] | None = None) -> None:
                 skipped.append(f"{row.slide}, {row.sizes()}: no window of which half of the sites hold a spot.")
                 continue
             done[row.key] = found
-        records = [record for of_row in done.values() for record in of_row]
-        text = region_table(records, evaluation.units, skipped)
-        write_results(output, records, metadata, text)
-    if not text:
+        write(output, done, metadata)
+    if not done:
         raise ValueError(f"No slide of {list(slides)} has room for these sizes: give smaller window_sizes.")
+    records, text = write(output, done, metadata)
     drawn = [row for row in rows if row.key in done]
-    evaluation.draw(drawn[len(drawn) // 2], output / "maps.png")
+    maps = evaluation.draw(drawn[len(drawn) // 2])
+    write_whole(output / GENE_MAPS_FILE, (json.dumps(maps) + "\n").encode())
+    plot_gene_maps(maps, output / "maps.png")
+    plot_regions(records, evaluation.units, output / "mse.png")
     print(text)
 
 

@@ -14,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from data_processing.phantom import PhantomTissue
 from data_processing.splits import encode_labels, spot_splits
+from eval import report as report_of_several
 from eval import run_ablation
 from eval.ablation import Evaluation, LabelledSlide, read_grid, runs_of, windows_to_read
 from eval.baselines.shuffled import shuffle_spots
@@ -133,6 +134,15 @@ def test_rows_tables_and_figures_are_there(report: Path):
         "this machine's folders are nobody's business"
     )
     assert not list(report.glob("models/*/checkpoint-*"))
+
+
+def test_its_results_make_a_report(report: Path, tmp_path: Path):
+    report_of_several.main([str(report / "results.json"), "--output_dir", str(tmp_path)])
+    assert (report / "table.md").read_text() in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "ablation.csv").read_bytes() == (report / "table.csv").read_bytes()
+    curves = {path.name for path in report.glob("*.png")}
+    assert curves
+    assert {path.name for path in tmp_path.glob("*.png")} == curves
 
 
 def test_control_reads_the_same_slide_with_its_counts_elsewhere(report: Path, grid: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn.neighbors import KNeighborsRegressor
 
+from eval import report, run_region_reconstruction
 from eval.baselines.region import gene_mean, inverse_distance, nearest_mean, zeros
 from eval.region_reconstruction import EvaluatedSlide, errors, reconstruct, square_regions
 from eval.run_region_reconstruction import Evaluation, main
@@ -161,7 +162,14 @@ def test_every_row_is_there_and_told(results: dict, slide: Path):
     assert "log1p of counts per 10,000" in table
     assert all(name in table for name in predictors)
     assert "| predictor | window | 2: MSE | 2: MAE | 4: MSE | 4: MAE |" in table
-    assert (slide.parent / "report" / "maps.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("maps.png", "mse.png"):
+        assert (slide.parent / "report" / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_its_results_make_a_report(results: dict, slide: Path, tmp_path: Path):
+    report.main([str(slide.parent / "report" / "results.json"), "--output_dir", str(tmp_path)])
+    assert (slide.parent / "report" / "table.md").read_text() in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "genes_0.png").read_bytes() == (slide.parent / "report" / "maps.png").read_bytes()
 
 
 def test_same_command_same_numbers_and_a_killed_run_goes_on(
@@ -200,7 +208,7 @@ def test_same_command_same_numbers_and_a_killed_run_goes_on(
 
 
 def test_regions_of_any_form(checkpoint: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Evaluation, "draw", lambda *_: None)
+    monkeypatch.setattr(run_region_reconstruction, "plot_gene_maps", lambda *_: None)
     short = ["--num_genes", "20", "--untrained", "false", "--num_views", "1"]
     column = evaluate(checkpoint, slide, tmp_path / "column", "--region", "hole", *short)
     options = ["--polygon", "8.5,5.5 19.5,5.5 19.5,10.5 8.5,10.5", "--polygon_key", "array", *short]

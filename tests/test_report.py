@@ -11,7 +11,8 @@ import pytest
 
 from eval import results
 from eval.domain_figures import MAPS_FILE, plot_bars, plot_maps_of_slide, plot_smoothing
-from eval.report import csv_table, main, merged, results_table, slides_table
+from eval.domain_report import csv_table, results_table, slides_table
+from eval.report import main, merged
 from eval.results import run_metadata, write_results
 
 
@@ -139,8 +140,52 @@ def test_results_that_contradict_each_other_or_are_none_are_refused(records, tmp
     with pytest.raises(ValueError, match="other numbers than the files before it"):
         merged([first, second])
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(ValueError, match="does not hold results of eval/run_domain_detection"):
-        merged([tmp_path / "other.json"])
+    for text in ("[]", "{}", '{"records": [], "metadata": {}}', '{"records": [{"set": "her2"}], "metadata": {}}', "a"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=r"other\.json does not hold results of eval/run_domain_detection"):
+            merged([tmp_path / "other.json"])
+
+
+def _region(slide, window, predictor, mse, mask=4, **extra):
+    sizes = {"region": "square", "mask_size": mask, "window_size": window}
+    errors = {name: mse for metric in ("mse", "mae", "pearson") for name in (metric, f"{metric}_sd")}
+    return {"slide": slide, **sizes, "predictor": predictor, **errors, "pearson_genes": 9.0, **extra}
+
+
+def test_regions_have_their_tables_curves_and_maps(tmp_path, drawn):
+    of_slide = {
+        name: [_region(name, window, p, mse) for window in (8, 12) for p, mse in (("zeros", 9.0), ("kriging", value))]
+        for name, value in (("a", 0.25), ("b", 0.75))
+    }
+    told = {"units": "log1p of counts per 10,000", "skipped": []}
+    paths = [_write(found, told, tmp_path / name) for name, found in of_slide.items()]
+    maps = {"title": "a", "units": "u", "predictor": "stimg", "positions": [[0, 0], [1, 0]], "hidden": [True, False]}
+    maps |= {"genes": ["G1"], "measured": [[1.0, 2.0]], "predicted": [[1.5, 2.0]]}
+    paths[1].with_name("gene_maps.json").write_text(json.dumps(maps))
+    main([*map(str, paths), "--output_dir", str(tmp_path / "report")])
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert names == {"report.md", "regions.csv", "regions.png", "genes_1.png"}
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| kriging | 0.5000 | 0.5000 | 0.5000 | 9 | – |" in text  # noqa: RUF001
+    rows = list(csv.DictReader((tmp_path / "report" / "regions.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(row["slide"], float(row["mse"])) for row in rows if row["predictor"] == "kriging"] == [
+        *[("a", 0.25)] * 2,
+        *[("b", 0.75)] * 2,
+    ]
+    curve = drawn[0].axes[0]
+    (line,) = curve.get_lines()  # zeros would flatten the rest
+    assert line.get_xydata().tolist() == [[8, 0.5], [12, 0.5]]
+    assert line.get_label() == "kriging"
+    assert "log1p" in drawn[0].get_supylabel()
+    assert [ax.get_title() for ax in drawn[1].axes[:3]] == ["G1: measured", "predicted (stimg)", "predicted - measured"]
+
+
+def test_results_in_other_units_are_not_averaged(tmp_path):
+    for name, units in (("a", "log1p of counts per 1,000"), ("b", "log1p of counts per 10,000")):
+        _write([_region(name, 8, "kriging", 0.5)], {"units": units, "skipped": []}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"/a, .*/b differ in units"):
+        main([str(tmp_path / name / "results.json") for name in "ab"] + ["--output_dir", str(tmp_path / "report")])
+    assert not (tmp_path / "report").exists()
 
 
 def test_report_files_hold_records_and_metadata(records, tmp_path):
