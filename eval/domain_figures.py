@@ -25,6 +25,7 @@ from modeling_stimg.plotting import grid_positions, new_figure, save_figure
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "//", "..", "xx", "--")
+YELLOW, DARK_YELLOW = "#F0E442", "#8F8600"  # letters in plain yellow are not legible on white
 NO_CLASS_COLOUR = "#DDDDDD"
 MAPS_FILE = "maps.json"
 SMOOTHED_MAP = ("raw", 2)  # the baseline to beat is shown beside the methods as they are
@@ -230,6 +231,6 @@ def _name_curves(ax: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
     for lower in range(len(heights) - 2, -1, -1):
         heights[lower] = min(heights[lower], heights[lower + 1] - gap)
     for (value, place, name, colour), height in zip(ends, heights, strict=True):
-        text = {"fontsize": 6, "color": colour, "va": "center"}
+        text = {"fontsize": 6, "color": DARK_YELLOW if colour == YELLOW else colour, "va": "center"}
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 3}
         ax.annotate(name, (place, value), (place + 0.3, height), annotation_clip=False, arrowprops=line, **text)
