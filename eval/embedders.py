@@ -152,7 +152,10 @@ _PROCESSOR_OPTIONS = (
     *("window_size", "num_channels", "compaction", "gene_selection", "normalization", "target_sum", "min_observed"),
     "sample_unit",
 )
-_CONFIG_LEFT_OUT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"}
+_CONFIG_LEFT_OUT = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"),
+    "custom_pipelines",
+}
 
 
 def load_embedders(

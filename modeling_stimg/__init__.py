@@ -1,17 +1,19 @@
 """stimg: spatial transcriptomics as images.
 
-Importing the package makes the model known to transformers' Auto classes; everything that needs AnnData, SciPy or
-Matplotlib is imported when it is first used (PEP 562).
+Importing the package makes the model known to transformers' Auto classes and pipelines; everything that needs AnnData,
+SciPy or Matplotlib is imported when it is first used (PEP 562).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_stimg import STImageMAEConfig
 from .genes_stimg import GeneVocabulary
 from .modeling_stimg import STImageMAEForPreTraining, STImageMAEModel
+from .pipeline_stimg import TASK, STFeatureExtractionPipeline
 from .processing_stimg import STPatchProcessor
 from .slide_image_stimg import SlideImage
 
@@ -32,6 +34,7 @@ _LAZY = {
 AutoConfig.register(STImageMAEConfig.model_type, STImageMAEConfig)
 AutoModel.register(STImageMAEConfig, STImageMAEModel)
 AutoModelForPreTraining.register(STImageMAEConfig, STImageMAEForPreTraining)
+PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=STFeatureExtractionPipeline, pt_model=AutoModel)
 try:
     AutoImageProcessor.register(STImageMAEConfig, image_processor_classes={"pil": STPatchProcessor})
 except ImportError as error:
@@ -53,6 +56,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "GeneVocabulary",
+    "STFeatureExtractionPipeline",
     "STImageMAEConfig",
     "STImageMAEForPreTraining",
     "STImageMAEModel",

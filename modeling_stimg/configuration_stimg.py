@@ -78,6 +78,10 @@ class STImageMAEConfig(PreTrainedConfig):
     embedding_defaults: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
+        # It names the pipeline's file in a repository, which transformers would load, and ask trust for, even where
+        # the package has registered its own.
+        if not __name__.startswith("transformers_modules."):
+            kwargs.pop("custom_pipelines", None)
         if self.pad_token_id is None:
             self.pad_token_id = self.vocab_size - 1
         super().__post_init__(**kwargs)

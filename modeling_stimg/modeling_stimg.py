@@ -35,6 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_stimg import STImageMAEConfig
 from .embedding_stimg import embed_image
 from .masking_stimg import default_masks, draw_mask, hidden_entries, masked_mean_squared_error
+from .pipeline_stimg import custom_pipelines
 from .positions_stimg import sine_cosine_positions, site_positions
 from .reconstruction_stimg import reconstruct_spots
 from .visible_sites_stimg import SiteSelection, select_sites
@@ -274,8 +275,9 @@ class STImageMAEPreTrainedModel(PreTrainedModel):
             init.normal_(module.mask_token, std=self.config.initializer_range)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Write weights, config and the code that reads them, so that every Auto class finds its entry."""
+        """Write weights, config and the code that reads them, so that every Auto class and the pipeline find theirs."""
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = custom_pipelines()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def embed(self, image: Any, processor: Any, **options: Any) -> np.ndarray:
