@@ -159,7 +159,7 @@ _CONFIG_LEFT_OUT = {
 
 
 def load_embedders(
-    models: Sequence[tuple[str, str]], readout: str | None = None, device: str | None = None, seed: int = 0
+    models: Sequence[tuple[str, str | Path]], readout: str | None = None, device: str | None = None, seed: int = 0
 ) -> list[EncoderEmbedder]:
     """The first model's untrained starts, then all models.
 
@@ -167,7 +167,7 @@ def load_embedders(
     started so; its gene vectors come from the slides that the model saw.
 
     Args:
-        models: name and folder or Hub id of each.
+        models: name and folder of each.
 
     Raises:
         ValueError: two models of one name, or one that is called like a baseline's row.

@@ -15,6 +15,7 @@ Embeddings and scores are kept there, too: the same command goes on where it was
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from eval.features import Method, baseline_methods, embedder_methods
 from eval.probes import PROBES
 from eval.results import run_metadata, write_results
 from eval.resumable import ScoreLog
+from modeling_stimg.hub import FoundModel, find_model
 
 TRAINED = "stimg"
 
@@ -44,11 +46,17 @@ class DomainDetectionArguments:
     output_dir: str = field(metadata={"help": "Folder for results.json, table.md and figures; made if missing."})
     model: str | None = field(
         default=None,
-        metadata={"help": f"Model folder, as train/run_pretrain.py writes it, or Hub id; its row is called {TRAINED}."},
+        metadata={
+            "help": "Model folder, as train/run_pretrain.py writes it, or Hub id (ORG/NAME, ORG/NAME@REVISION); "
+            f"its row is called {TRAINED}."
+        },
     )
     models: list[str] = field(
         default_factory=list,
-        metadata={"help": "Several models, as name=folder each; the untrained rows are those of the first."},
+        metadata={
+            "help": "Several models, as name=folder or name=ORG/NAME@REVISION each; the untrained rows are those of "
+            "the first."
+        },
     )
     gene_tokens: str | None = field(
         default=None,
@@ -105,7 +113,7 @@ class DomainDetectionArguments:
 
 
 def named_models(arguments: DomainDetectionArguments) -> list[tuple[str, str]]:
-    """Name and folder of every model asked for.
+    """Name of every model asked for, and where it is: a folder or a Hub id.
 
     Raises:
         ValueError: one without a name.
@@ -114,7 +122,9 @@ def named_models(arguments: DomainDetectionArguments) -> list[tuple[str, str]]:
     for text in arguments.models:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
-            raise ValueError(f"--models has {text!r}: write name=folder, such as patch=runs/patch.")
+            raise ValueError(
+                f"--models has {text!r}: write name=folder, such as patch=runs/patch, or name=ORG/NAME@REVISION."
+            )
         models.append((name, folder))
     return models
 
@@ -173,17 +183,22 @@ def check_choices(arguments: DomainDetectionArguments) -> Protocol:
 
 
 def metadata_of(
-    arguments: DomainDetectionArguments, protocol: Protocol, plans: list[Plan], embedders: list[EncoderEmbedder]
+    arguments: DomainDetectionArguments,
+    found: Mapping[str, FoundModel],
+    protocol: Protocol,
+    plans: list[Plan],
+    embedders: list[EncoderEmbedder],
 ) -> dict[str, Any]:
     """What tells where the numbers came from."""
-    folders = named_models(arguments)
+    folders = {name: model.folder for name, model in found.items()}
     if arguments.gene_tokens is not None:
-        folders.append((GENE_TOKENS, arguments.gene_tokens))
+        folders[GENE_TOKENS] = Path(arguments.gene_tokens)
     models = {}
-    for name, folder in folders:
-        told = load_pretraining(Path(folder))
+    for name, folder in folders.items():
+        told = load_pretraining(folder)
         (embedder,) = (e for e in embedders if e.name == name)
         models[name] = {
+            "hub": found[name].hub if name in found else None,
             "embedding": embedder.options,
             "sample_unit": embedder.processor.sample_unit,
             "slides": None if told is None else [record.name for record in told[0]],
@@ -206,16 +221,19 @@ def metadata_of(
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(DomainDetectionArguments).parse_args_into_dataclasses(argv)
     protocol = check_choices(arguments)
-    models = named_models(arguments)
+    given = named_models(arguments)
     plans = [plan_set(evaluation_set, protocol) for evaluation_set in load_sets(arguments)]
-    embedders: list[Embedder] = list(load_embedders(models, arguments.readout, arguments.device, arguments.seed))
+    models = [(name, find_model(where)) for name, where in given]
+    folders = [(name, model.folder) for name, model in models]
+    embedders: list[Embedder] = list(load_embedders(folders, arguments.readout, arguments.device, arguments.seed))
     output = Path(arguments.output_dir)
     cache = output / "embeddings" if arguments.cache is None else Path(arguments.cache)
     if arguments.gene_tokens is not None:
         tokens = load_gene_token_embedders(arguments.gene_tokens, cache, arguments.device, arguments.seed)
         embedders = [*tokens, *embedders]
     methods: list[Method] = [*baseline_methods(arguments.seed), *embedder_methods(embedders, cache)]
-    metadata = metadata_of(arguments, protocol, plans, [e for e in embedders if isinstance(e, EncoderEmbedder)])
+    encoders = [e for e in embedders if isinstance(e, EncoderEmbedder)]
+    metadata = metadata_of(arguments, dict(models), protocol, plans, encoders)
     for line in [line for plan in plans for line in plan.notes] + [
         f"{name}: no window fits into {', '.join(slides)}" for name, slides in metadata["smaller_than_a_window"].items()
     ]:

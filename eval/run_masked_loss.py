@@ -23,6 +23,7 @@ from eval.masked_loss import PREDICTORS, masked_losses
 from eval.provenance import seen
 from eval.results import markdown_table, run_metadata, write_results
 from modeling_stimg import STImageMAEForPreTraining, STPatchProcessor
+from modeling_stimg.hub import find_model
 
 BUDGET = {"max_steps": "steps", "num_windows": "samples", "num_spots_seen": "spots seen"}
 
@@ -31,7 +32,11 @@ BUDGET = {"max_steps": "steps", "num_windows": "samples", "num_spots_seen": "spo
 class MaskedLossArguments:
     """What to evaluate, and how."""
 
-    models: list[str] = field(metadata={"help": "Model folders, as train/run_pretrain.py writes them, or Hub ids."})
+    models: list[str] = field(
+        metadata={
+            "help": "Model folders, as train/run_pretrain.py writes them, or Hub ids (ORG/NAME, ORG/NAME@REVISION)."
+        }
+    )
     slides: list[str] = field(metadata={"help": "Slides, best unseen ones: files or globs; $VARIABLES are expanded."})
     output_dir: str = field(metadata={"help": "Folder for results.json and table.md; made if missing."})
     coverage: float = field(default=2.0, metadata={"help": "How often the samples cover every spot on average."})
@@ -65,24 +70,27 @@ def _cells(losses: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(MaskedLossArguments).parse_args_into_dataclasses(argv)
-    names = [Path(folder).name for folder in arguments.models]
+    names = [Path(given).name for given in arguments.models]  # of a Hub id with its revision
     if len(set(names)) < len(names):
         raise ValueError(f"Two models are called the same: {names}; their folders' names tell them apart.")
+    models = [find_model(given) for given in arguments.models]
     slides = read_slides(find_slides(arguments.slides))
     records: list[dict[str, Any]] = []
     runs: dict[str, Any] = {}
-    for name, folder in zip(names, arguments.models, strict=True):
-        processor = STPatchProcessor.from_pretrained(folder)
-        model = STImageMAEForPreTraining.from_pretrained(folder)
-        told = load_pretraining(Path(folder))
-        runs[name] = None if told is None else {"slides": [r.name for r in told[0]], "arguments": told[1]}
+    for name, found in zip(names, models, strict=True):
+        processor = STPatchProcessor.from_pretrained(found.folder)
+        model = STImageMAEForPreTraining.from_pretrained(found.folder)
+        told = load_pretraining(found.folder)
+        runs[name] = {"hub": found.hub, "slides": None, "arguments": {}}
+        if told is not None:
+            runs[name] |= {"slides": [r.name for r in told[0]], "arguments": told[1]}
         for slide, adata in tqdm(slides.items(), desc=f"masked loss of {name}"):
             (image,) = slide_images({slide: adata}, processor)
             losses = masked_losses(model, processor, image, arguments.coverage, arguments.seed)
             saw = seen(slide, adata, None if told is None else told[0])
             row = {"trained_model": name, "sample_unit": model.config.sample_unit, "slide": slide, "seen": saw}
             records.append({**row, **losses})
-    budgets = {name: {} if run is None else run["arguments"] for name, run in runs.items()}
+    budgets = {name: run["arguments"] for name, run in runs.items()}
     text = table(records, budgets)
     metadata = run_metadata(arguments.seed, coverage=arguments.coverage, slides=list(slides), models=runs)
     write_results(arguments.output_dir, records, metadata, text)

@@ -40,6 +40,7 @@ from eval.region_reconstruction import (
 from eval.region_report import GENE_MAPS_FILE, gene_maps, plot_gene_maps, plot_regions, region_table
 from eval.results import run_metadata, write_results
 from modeling_stimg import STImageMAEForPreTraining, STPatchProcessor
+from modeling_stimg.hub import find_model
 
 TRAINED = "stimg"
 RANDOM_START, SINGULAR_START = "untrained, random start", "untrained, singular start"
@@ -49,7 +50,9 @@ RANDOM_START, SINGULAR_START = "untrained, random start", "untrained, singular s
 class RegionArguments:
     """What to hide, and how to predict it."""
 
-    model: str = field(metadata={"help": "Model folder, as train/run_pretrain.py writes it, or Hub id."})
+    model: str = field(
+        metadata={"help": "Model folder, as train/run_pretrain.py writes it, or Hub id (ORG/NAME, ORG/NAME@REVISION)."}
+    )
     slides: list[str] = field(metadata={"help": "Slides, best unseen ones: files or globs; $VARIABLES are expanded."})
     output_dir: str = field(metadata={"help": "Folder for results.json, table.md and figures; made if missing."})
     mask_sizes: list[int] = field(
@@ -115,12 +118,12 @@ class RegionArguments:
         return {name: getattr(self, name) for name in names}
 
 
-def load_models(arguments: RegionArguments) -> dict[str, STImageMAEForPreTraining]:
+def load_models(arguments: RegionArguments, folder: Path) -> dict[str, STImageMAEForPreTraining]:
     """The models to compare, by row: before training (at the start that it had, where that was kept), and trained."""
-    trained = STImageMAEForPreTraining.from_pretrained(arguments.model)
+    trained = STImageMAEForPreTraining.from_pretrained(folder)
     if not arguments.untrained:
         return {TRAINED: trained}
-    start = Path(arguments.model) / "untrained"
+    start = folder / "untrained"
     told = load_pretraining(start)
     if told is not None and told[1]["singular_start"]:
         return {SINGULAR_START: STImageMAEForPreTraining.from_pretrained(start), TRAINED: trained}
@@ -216,9 +219,10 @@ class Evaluation:
 
     def __init__(self, arguments: RegionArguments, slides: dict[str, AnnData]):
         self.arguments, self.slides = arguments, slides
-        self.processor = STPatchProcessor.from_pretrained(arguments.model)
-        self.models = load_models(arguments)
-        told = load_pretraining(Path(arguments.model))
+        self.found = find_model(arguments.model)
+        self.processor = STPatchProcessor.from_pretrained(self.found.folder)
+        self.models = load_models(arguments, self.found.folder)
+        told = load_pretraining(self.found.folder)
         self.corpus, self.pretraining = (None, None) if told is None else told
         # One at a time: a slide's values are the largest thing here.
         self._opened: tuple[str, EvaluatedSlide] | None = None
@@ -363,6 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         slides=digests,
         settings=settings,
         units=evaluation.units,
+        hub=evaluation.found.hub,
         corpus=None if evaluation.corpus is None else [record.name for record in evaluation.corpus],
         pretraining=evaluation.pretraining,
         skipped=(skipped := []),

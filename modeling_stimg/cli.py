@@ -14,6 +14,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 SlideArgument = Annotated[
     str, typer.Argument(help="A slide: .h5ad, Space Ranger output folder, or legacy ST table.", show_default=False)
 ]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a Hub model, in place of @REVISION.", show_default=False)
+]
 
 
 @app.callback()
@@ -26,11 +29,14 @@ def inspect(
     slides: Annotated[
         list[str], typer.Argument(help="Slides: .h5ad, Space Ranger output folders, legacy ST tables.", metavar="SLIDE")
     ],
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id: tell how many genes it knows.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, or Hub id (ORG/NAME, ORG/NAME@REVISION): tell how many genes it knows.")
+    ] = None,
     genes: Annotated[Path | None, typer.Option(help="TSV with gene_id and gene_name, in place of a model.")] = None,
     compaction: Annotated[str, typer.Option(help="lattice, rank or minmax.")] = "lattice",
     window_size: Annotated[int, typer.Option(help="Side of the windows that are looked at.", min=1)] = 16,
     table: Annotated[Path | None, typer.Option(help="Also write a row a slide to this TSV.")] = None,
+    revision: RevisionOption = None,
 ) -> None:
     """Tell what slides hold and how they look to a model, without changing anything."""
     from dataclasses import asdict
@@ -38,16 +44,20 @@ def inspect(
     from tqdm.auto import tqdm
 
     from .genes_stimg import GeneVocabulary
+    from .hub import find_model
     from .inspection import inspect_slide
+    from .processing_stimg import STPatchProcessor
     from .slides import read_slide
 
+    if model is None and revision is not None:
+        raise ValueError("--revision is given without --model: it tells which state of a Hub model is meant.")
     if model is not None and genes is not None:
         raise ValueError("Both --model and --genes are given: pass one of them.")
     if table is not None and not table.parent.is_dir():
         raise FileNotFoundError(f"The folder of {table} does not exist: make it first.")
     vocabulary = None if genes is None else GeneVocabulary.from_table(genes)
     if model is not None:
-        vocabulary = _load_processor(model).vocabulary
+        vocabulary = STPatchProcessor.from_pretrained(find_model(model, revision, weights=False).folder).vocabulary
     names = [Path(slide).name.split(".")[0] for slide in slides]
     rows, failures = [], []
     for slide, name in zip(tqdm(slides, desc="read slides", disable=len(slides) == 1), names, strict=True):
@@ -80,7 +90,9 @@ def inspect(
 @app.command()
 def embed(
     slide: SlideArgument,
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a model.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="Folder of a model, or Hub id (ORG/NAME, ORG/NAME@REVISION).", show_default=False)
+    ],
     output: Annotated[Path, typer.Option(help="The .h5ad to write.", show_default=False)],
     plot: Annotated[Path | None, typer.Option(help="Also write a map of domains (k-means clusters) as PNG.")] = None,
     num_domains: Annotated[int, typer.Option(help="Domains on the map.", min=2)] = 7,
@@ -92,13 +104,16 @@ def embed(
     batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the gene draws.", min=0)] = 0,
-    revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
+    revision: RevisionOption = None,
 ) -> None:
     """Write a copy of SLIDE with an embedding of every spot in obsm["X_stimg"]."""
     import torch
 
     from .embedding import KEY_ADDED, embed_slide
+    from .hub import find_model
+    from .modeling_stimg import STImageMAEModel
     from .plotting import check_figure_path, plot_domains, save_figure
+    from .processing_stimg import STPatchProcessor
     from .slide_image_stimg import usable_device
     from .slides import read_slide
 
@@ -110,7 +125,8 @@ def embed(
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"The folder of {path} does not exist: make it first.")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else str(usable_device(device))
-    processor, network = _load_processor(model, revision), _load_model(model, revision)
+    folder = find_model(model, revision).folder
+    processor, network = STPatchProcessor.from_pretrained(folder), STImageMAEModel.from_pretrained(folder)
     adata = read_slide(slide)
     if plot is not None and num_domains > adata.n_obs:
         raise ValueError(f"--num-domains is {num_domains}, but the slide has {adata.n_obs} spots.")
@@ -148,30 +164,6 @@ def _clusters(embedding: Any, num_domains: int, seed: int) -> Any:
 
     _, labels = kmeans2(embedding.astype(float), num_domains, minit="++", seed=seed)
     return pd.Categorical([str(label) for label in labels])
-
-
-def _load_processor(model: str, revision: str | None = None) -> Any:
-    from .processing_stimg import STPatchProcessor
-
-    _check_model_folder(model)
-    return STPatchProcessor.from_pretrained(model, **({} if revision is None else {"revision": revision}))
-
-
-def _load_model(model: str, revision: str | None = None) -> Any:
-    from .modeling_stimg import STImageMAEModel
-
-    return STImageMAEModel.from_pretrained(model, **({} if revision is None else {"revision": revision}))
-
-
-def _check_model_folder(model: str) -> None:
-    """A path that is no model should say so, before the Hub is asked for a repository of that name."""
-    path = Path(model)
-    if path.is_dir() and not (path / "preprocessor_config.json").exists():
-        raise FileNotFoundError(
-            f"{model} holds no preprocessor_config.json: expected a model folder, as train/run_pretrain.py writes it."
-        )
-    if not path.is_dir() and (path.is_absolute() or model.startswith(".") or model.count("/") > 1):
-        raise FileNotFoundError(f"There is no model folder {model}: give a folder or a Hub id (ORG/NAME).")
 
 
 def main() -> None:

@@ -5,17 +5,16 @@ import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
 
-from data_processing.corpus import PRETRAINING_FILE, SlideRecord, read_pretraining
+from data_processing.corpus import SlideRecord, load_pretraining
 from modeling_stimg import GeneVocabulary, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
+from modeling_stimg.hub import FoundModel, find_model
 
 # What the weights were made for. Values of another normalisation would mean something else to them.
 ARCHITECTURE = (
@@ -41,7 +40,7 @@ class Parent:
     """The model that is gone on from.
 
     Attributes:
-        name: of its folder, or its Hub id. slides: what it saw; None where it does not say.
+        name: of its folder, or its Hub id with the commit. slides: what it saw; None where it does not say.
     """
 
     name: str
@@ -64,9 +63,9 @@ class Parent:
         return self.slides or []
 
 
-def where(source: str) -> str:
-    """A folder with `$VARIABLES` and `~` expanded; a Hub id stays as it is."""
-    return os.path.expanduser(os.path.expandvars(source))
+def find_parent(source: str, weights: bool = True) -> FoundModel:
+    """The model of a folder, whose `$VARIABLES` and `~` are expanded, or of the Hub: see `find_model`."""
+    return find_model(os.path.expanduser(os.path.expandvars(source)), weights=weights)
 
 
 def parent_fields(source: str) -> dict[str, Any]:
@@ -75,11 +74,12 @@ def parent_fields(source: str) -> dict[str, Any]:
     Raises:
         ValueError: no STImageMAE. OSError: nothing there.
     """
-    config, _ = PreTrainedConfig.get_config_dict(where(source))
+    folder = find_parent(source, weights=False).folder
+    config, _ = PreTrainedConfig.get_config_dict(folder)
     if config.get("model_type") != STImageMAEConfig.model_type:
         kind = config.get("model_type") or "nothing with a config.json"
         raise ValueError(f"init_from {source} is {kind}: expected a model that train/run_pretrain.py wrote.")
-    processor, _ = STPatchProcessor.get_image_processor_dict(where(source))
+    processor, _ = STPatchProcessor.get_image_processor_dict(folder)
     defaults = {f.name: f.default for f in dataclasses.fields(STImageMAEConfig)}
     of_config = {name: config.get(name, defaults[name]) for name in (*ARCHITECTURE, *OBJECTIVE)}
     of_processor = {name: processor[name] for name in (*VALUES, *SAMPLING) if name in processor}
@@ -109,9 +109,9 @@ def load_parent(source: str) -> Parent:
     Raises:
         ValueError: a model without a decoder, or files that are damaged. OSError: files that are missing.
     """
-    folder = where(source)
+    found = find_parent(source)
     try:
-        model, info = STImageMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+        model, info = STImageMAEForPreTraining.from_pretrained(found.folder, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"init_from {source} has damaged weights ({error}): get the model again.") from error
     if info["missing_keys"]:
@@ -119,12 +119,9 @@ def load_parent(source: str) -> Parent:
             f"init_from {source} lacks {len(info['missing_keys'])} tensors, e.g. {min(info['missing_keys'])}: expected "
             "a whole pretraining model, encoder and decoder."
         )
-    told = cached_file(
-        folder, PRETRAINING_FILE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
-    )
-    slides = None if told is None else read_pretraining(Path(told))[0]
-    name = Path(folder).resolve().name if os.path.isdir(folder) else source
-    return Parent(name, model.float(), STPatchProcessor.from_pretrained(folder), slides)
+    told = load_pretraining(found.folder)
+    slides = None if told is None else told[0]
+    return Parent(found.hub or found.name, model.float(), STPatchProcessor.from_pretrained(found.folder), slides)
 
 
 def extend_model(parent: STImageMAEForPreTraining, fields: dict[str, Any], num_genes: int, seed: int) -> Any:

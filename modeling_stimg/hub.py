@@ -1,0 +1,121 @@
+"""A model by its name: a folder, or a repository of the Hugging Face Hub at one of its revisions."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+PROCESSOR_FILE = "preprocessor_config.json"
+# All that the package reads of a repository; its code files are this package's own.
+FILES = ("config.json", PROCESSOR_FILE, "genes.json", "pretraining.json")
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model on this machine.
+
+    Attributes:
+        name: the folder's own name, or the Hub id. folder: where its files are. commit: of the Hub; None of a folder.
+    """
+
+    name: str
+    folder: Path
+    commit: str | None = None
+
+    @property
+    def hub(self) -> str | None:
+        """`ORG/NAME@COMMIT`, None of a folder: what to give to get the very same model again."""
+        return None if self.commit is None else f"{self.name}@{self.commit}"
+
+
+def find_model(given: str, revision: str | None = None, weights: bool = True) -> FoundModel:
+    """The model of a folder, or of the Hub, whose files are downloaded into the cache where they are not in it yet.
+
+    Args:
+        given: a folder, `ORG/NAME`, or `ORG/NAME@REVISION` with a branch, a tag or a commit id.
+        revision: the same, given apart. weights: whether they are needed.
+
+    Raises:
+        FileNotFoundError: no such folder or repository, or one without a model in it; or a private one.
+        ValueError: a revision of a folder, or two of them. OSError: the Hub cannot be reached, or refuses the token.
+    """
+    folder = Path(given)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{given} is a folder and has no revision {revision!r}: only models of the Hub have some.")
+        return FoundModel(folder.resolve().name, _with_processor(folder, given))
+    name, at, named = given.partition("@")
+    if folder.is_absolute() or given.startswith(".") or not _REPOSITORY.fullmatch(name) or (at and not named):
+        raise FileNotFoundError(
+            f"There is no model folder {given}: give a folder or a Hub id (ORG/NAME, ORG/NAME@REVISION)."
+        )
+    if named and revision is not None and named != revision:
+        raise ValueError(f"{given} names a revision, and {revision!r} is another one: give one of them.")
+    folder = _download(name, named or revision, FILES + WEIGHTS if weights else FILES)
+    return FoundModel(name, _with_processor(folder, given), folder.name)
+
+
+def _with_processor(folder: Path, given: str) -> Path:
+    if not (folder / PROCESSOR_FILE).exists():
+        raise FileNotFoundError(
+            f"{given} holds no {PROCESSOR_FILE}: expected a model folder, as train/run_pretrain.py writes it."
+        )
+    return folder
+
+
+def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
+    """The folder of a repository's snapshot; every way of not having one as one sentence."""
+    shown = name if revision is None else f"{name}@{revision}"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    except GatedRepoError:
+        raise FileNotFoundError(
+            f"{name} is for those who asked for it: ask on {constants.ENDPOINT}/{name}, then log in (hf auth login)."
+        ) from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"There is no model folder {name}, and no model {name} on {constants.ENDPOINT}, or it is private: check "
+            "the name, or log in (hf auth login, or HF_TOKEN) with a token that may read it."
+        ) from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(
+            f"{name} has no revision {revision!r}: expected a branch, a tag or a whole commit id."
+        ) from None
+    except LocalEntryNotFoundError as error:
+        if is_offline_mode():
+            raise FileNotFoundError(
+                f"{shown} is not in the cache ({constants.HF_HUB_CACHE}), or not all of it, and HF_HUB_OFFLINE is set: "
+                "unset it once to download the model, or give a folder."
+            ) from None
+        raise OSError(_not_reached(shown, error)) from None
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise OSError(
+                f"{constants.ENDPOINT} refuses the token that is set: log in again (hf auth login), or mend HF_TOKEN."
+            ) from None
+        raise OSError(_not_reached(shown, error)) from None
+    except HTTPError as error:
+        raise OSError(_not_reached(shown, error)) from None
+
+
+def _not_reached(shown: str, error: Exception) -> str:
+    reason = error.__cause__ or error
+    return (
+        f"{shown} could not be downloaded from {constants.ENDPOINT} ({type(reason).__name__}): look to the connection "
+        "and give the same command again, which goes on where it was."
+    )
+
+
+__all__ = ["FoundModel", "find_model"]

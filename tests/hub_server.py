@@ -1,0 +1,496 @@
+"""A small Hugging Face Hub on the loopback interface: repositories with revisions, large files, tokens, cut uploads.
+
+It answers what huggingface_hub, transformers, the Trainer and datasets ask of the real one, in the same way as far as
+they look. Point them here with `Hub.environment()`, which has to be set before huggingface_hub is imported, or in one
+process with `huggingface_hub.HfApi(endpoint=hub.endpoint, token=...)`.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN, USER, ORGANISATION = "hf_loopbackwritetoken", "tester", "lab"
+# What the real Hub keeps as large files, by default, of what is met here.
+LARGE_SUFFIXES = {".safetensors", ".parquet", ".arrow", ".bin", ".pt", ".pth", ".npz", ".png", ".h5ad"}
+START = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+DATE = "2026-01-01T00:00:00.000Z"
+
+
+class HubError(Exception):
+    """An answer that is no success, with the headers that tell clients what it means."""
+
+    def __init__(self, status: int, message: str, code: str = "", **headers: str):
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A revision: all files of a repository by path."""
+
+    id: str
+    title: str
+    files: dict[str, bytes]
+
+
+@dataclass
+class Repository:
+    """A repository; `branches` and `tags` point to commits, `history` holds all of them, oldest first.
+
+    Attributes:
+        large: sha256 of every file that was uploaded as a large one, as the client named it.
+    """
+
+    id: str
+    kind: str
+    private: bool = False
+    history: list[Commit] = field(default_factory=list)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    large: set[str] = field(default_factory=set)
+
+    def commit(self, revision: str = "main") -> Commit:
+        """The commit of a branch, a tag or an id."""
+        wanted = self.branches.get(revision) or self.tags.get(revision) or revision
+        for commit in self.history:
+            if commit.id == wanted:
+                return commit
+        raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def add(self, files: dict[str, bytes], title: str, branch: str = "main") -> Commit:
+        """Append a commit of these files, all that there are, to a branch."""
+        content = "".join(f"{name} {hashlib.sha256(files[name]).hexdigest()}\n" for name in sorted(files))
+        told = f"{self.kind} {self.id} {len(self.history)} {title}\n{content}"
+        self.history.append(Commit(hashlib.sha1(told.encode()).hexdigest(), title, files))
+        self.branches[branch] = self.history[-1].id
+        return self.history[-1]
+
+
+class Hub:
+    """The server and what it holds; use `serving_hub()`.
+
+    Attributes:
+        repositories: by (kind, id), kind being model, dataset or space.
+        tokens: namespaces that a token may read privately and write to.
+        requests: (method, path, status, token) of every request; token "" without one.
+        large_files: content of uploaded large files by sha256.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.tokens: dict[str, set[str]] = {TOKEN: {USER, ORGANISATION}}
+        self.requests: list[tuple[str, str, int, str]] = []
+        self.large_files: dict[str, bytes] = {}
+        self.lock = threading.RLock()
+        self._cuts, self._cut_after = 0, 0
+        self._server = _Server(("127.0.0.1", 0), partial(_Handler, self))
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def start(self) -> None:
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def environment(self, token: str | None = TOKEN) -> dict[str, str]:
+        """Variables that send every client of a fresh process here, with a token or without."""
+        found = {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return {**found, **({} if token is None else {"HF_TOKEN": token})}
+
+    def cut_uploads(self, times: int, after: int = 0) -> None:
+        """Cut the connection of the next uploads of large files when so many bytes of them have come."""
+        self._cuts, self._cut_after = times, after
+
+    def cut_here(self) -> int | None:
+        """Bytes after which this upload is cut; None: it is not."""
+        with self.lock:
+            if self._cuts == 0:
+                return None
+            self._cuts -= 1
+            return self._cut_after
+
+    def repository(self, id: str, kind: str = "model") -> Repository:
+        """A repository that is there.
+
+        Raises:
+            HubError: it is not.
+        """
+        found = self.repositories.get((kind, id))
+        if found is None:
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        return found
+
+    def files(self, id: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
+        """Content of every file of a revision, but for the `.gitattributes` that the Hub itself puts there."""
+        files = self.repository(id, kind).commit(revision).files
+        return {name: content for name, content in files.items() if name != ".gitattributes"}
+
+
+@contextmanager
+def serving_hub() -> Iterator[Hub]:
+    """A running Hub without any repository."""
+    hub = Hub()
+    hub.start()
+    try:
+        yield hub
+    finally:
+        hub.stop()
+
+
+def git_id(content: bytes) -> str:
+    """What git calls a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # the client has gone
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request; every route is a method that returns what is sent as JSON, or has answered by itself."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, hub: Hub, *args) -> None:
+        self.hub = hub
+        super().__init__(*args)
+
+    def log_message(self, *args) -> None:
+        """Nothing on stderr: `Hub.requests` is the log."""
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+
+    # ---------------------------------------------------------------- a request
+
+    def _serve(self) -> None:
+        url = urlsplit(self.path)
+        self.route, self.query = url.path, parse_qs(url.query)
+        self.token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        self.body = b""
+        try:
+            if self.command == "PUT":
+                self._receive_large_file()
+                return
+            self.body = b"".join(self._pieces())
+            for methods, pattern, method in ROUTES:
+                match = re.fullmatch(pattern, self.route)
+                if match and self.command in methods.split():
+                    with self.hub.lock:
+                        answer = method(self, **{name: unquote(part) for name, part in match.groupdict("").items()})
+                    if answer is not None:
+                        self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+                    return
+            raise HubError(404, f"No such route: {self.command} {self.route}")
+        except HubError as error:
+            body = json.dumps({"error": error.message}).encode()
+            self._answer(error.status, body, {"Content-Type": "application/json", **error.headers})
+
+    def _pieces(self) -> Iterator[bytes]:
+        """The body of the request, whole or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            left = int(self.headers.get("Content-Length") or 0)
+            while left:
+                piece = self.rfile.read(min(left, 1 << 16))
+                if not piece:
+                    raise ConnectionError("the client has gone")
+                left -= len(piece)
+                yield piece
+            return
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        # Logged before it is answered, so that a client that has its answer finds it there.
+        self.hub.requests.append((self.command, unquote(self.path), status, self.token))
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    # ---------------------------------------------------------------- who may
+
+    def _known(self, *, needed: bool = True) -> set[str]:
+        """Namespaces of the request's token."""
+        if self.token and self.token not in self.hub.tokens:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        if needed and not self.token:
+            raise HubError(401, "Invalid username or password.")
+        return self.hub.tokens.get(self.token, set())
+
+    def _readable(self, kind: str, id: str) -> Repository:
+        """A repository; one that is not there and one that is hidden look the same, and without a token it is 401."""
+        namespaces = self._known(needed=False)
+        found = self.hub.repositories.get((kind, id))
+        if found is None or (found.private and id.split("/")[0] not in namespaces):
+            if not self.token:
+                raise HubError(401, "Invalid username or password.", "RepoNotFound")
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        return found
+
+    def _writable(self, kind: str, id: str) -> Repository:
+        found = self._readable(kind, id)
+        if id.split("/")[0] not in self._known():
+            raise HubError(403, "You do not have the required permissions for this repository")
+        return found
+
+    # ---------------------------------------------------------------- repositories
+
+    def who(self) -> Any:
+        self._known()
+        orgs = [{"type": "org", "name": name} for name in sorted(self.hub.tokens[self.token] - {USER})]
+        token = {"displayName": "test", "role": "write"}
+        return {"type": "user", "name": USER, "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
+
+    def create(self) -> Any:
+        told = json.loads(self.body)
+        id = f"{told.get('organization') or USER}/{told['name']}"
+        kind = told.get("type") or "model"
+        if id.split("/")[0] not in self._known():
+            raise HubError(403, "You don't have the rights to create a repository under this namespace")
+        url = f"{self.hub.endpoint}/{'' if kind == 'model' else kind + 's/'}{id}"
+        if (kind, id) in self.hub.repositories:
+            body = json.dumps({"error": "You already created this repo", "url": url}).encode()
+            self._answer(409, body, {"Content-Type": "application/json"})
+            return None
+        private = bool(told.get("private")) or told.get("visibility") == "private"
+        repository = self.hub.repositories[kind, id] = Repository(id, kind, private)
+        repository.add(dict(START), "initial commit")
+        return {"url": url, "name": id, "id": id}
+
+    def info(self, kind: str, id: str, revision: str) -> Any:
+        repository = self._readable(kind, id)
+        commit = repository.commit(revision or "main")
+        told = {"_id": git_id(id.encode()), "id": id, "modelId": id, "author": id.split("/")[0], "sha": commit.id}
+        siblings = [{"rfilename": name} for name in sorted(commit.files)]
+        flags = {"private": repository.private, "gated": False, "disabled": False}
+        times = {"lastModified": DATE, "createdAt": DATE}
+        return {**told, **flags, **times, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
+
+    def refs(self, kind: str, id: str) -> Any:
+        repository = self._readable(kind, id)
+        branches, tags = (
+            [{"name": name, "ref": f"refs/{folder}/{name}", "targetCommit": commit} for name, commit in of.items()]
+            for folder, of in (("heads", repository.branches), ("tags", repository.tags))
+        )
+        return {"branches": branches, "tags": tags, "converts": [], "pullRequests": []}
+
+    def commits(self, kind: str, id: str, revision: str) -> Any:
+        repository = self._readable(kind, id)
+        until = repository.history.index(repository.commit(revision))
+        past = repository.history[until::-1]
+        return [{"id": c.id, "title": c.title, "message": "", "authors": [], "date": DATE} for c in past]
+
+    def branch(self, kind: str, id: str, name: str) -> Any:
+        repository = self._writable(kind, id)
+        if self.command == "DELETE":
+            del repository.branches[name]
+            return {}
+        if name in repository.branches:
+            raise HubError(409, "Reference already exists")
+        start = json.loads(self.body or b"{}").get("startingPoint", "main")
+        repository.branches[name] = repository.commit(start).id
+        return {}
+
+    def tag(self, kind: str, id: str, name: str) -> Any:
+        repository = self._writable(kind, id)
+        if self.command == "DELETE":
+            del repository.tags[name]
+            return {}
+        tag = json.loads(self.body)["tag"]
+        if tag in repository.tags:
+            raise HubError(409, "Tag reference exists already")
+        repository.tags[tag] = repository.commit(name).id
+        return {}
+
+    def check_card(self) -> Any:
+        return {"errors": [], "warnings": []}
+
+    # ---------------------------------------------------------------- reading
+
+    def _entry(self, repository: Repository, name: str, content: bytes) -> dict[str, Any]:
+        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": git_id(content)}
+        sha256 = hashlib.sha256(content).hexdigest()
+        if sha256 in repository.large:
+            entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
+        last = {"id": repository.history[-1].id, "title": repository.history[-1].title, "date": DATE}
+        return {**entry, "lastCommit": last}
+
+    def _folders(self, files: dict[str, bytes]) -> set[str]:
+        return {str(parent) for name in files for parent in PurePosixPath(name).parents} - {"."}
+
+    def tree(self, kind: str, id: str, revision: str, path: str) -> Any:
+        repository = self._readable(kind, id)
+        files, path = repository.commit(revision).files, path.strip("/")
+        recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        if path and path not in self._folders(files):
+            raise HubError(404, f"{path} does not exist", "EntryNotFound")
+        inside = [n for n in sorted({*files, *self._folders(files)}) if not path or n.startswith(f"{path}/")]
+        if not recursive:
+            inside = [name for name in inside if "/" not in name[len(path) + 1 if path else 0 :]]
+        folder = {"type": "directory", "size": 0}
+        return [
+            self._entry(repository, name, files[name]) if name in files else {**folder, "path": name, "oid": name}
+            for name in inside
+        ]
+
+    def paths_info(self, kind: str, id: str, revision: str) -> Any:
+        repository = self._readable(kind, id)
+        files = repository.commit(revision).files
+        json_body = self.headers.get("Content-Type", "").startswith("application/json")
+        told = json.loads(self.body) if json_body else parse_qs(self.body.decode())
+        paths = [path for path in told["paths"] if path in files]
+        folders = [path for path in told["paths"] if path in self._folders(files)]
+        return [self._entry(repository, path, files[path]) for path in paths] + [
+            {"type": "directory", "path": path, "oid": path, "size": 0} for path in folders
+        ]
+
+    def resolve(self, kind: str, id: str, revision: str, path: str) -> None:
+        repository = self._readable(kind.removesuffix("s") or "model", id)
+        commit = repository.commit(revision)
+        headers = {"X-Repo-Commit": commit.id}
+        if path not in commit.files:
+            raise HubError(404, "Entry not found", "EntryNotFound", **headers)
+        content = commit.files[path]
+        sha256 = hashlib.sha256(content).hexdigest()
+        headers["ETag"] = f'"{git_id(content)}"'
+        if sha256 in repository.large:
+            headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None:
+            self._answer(200, content, headers)
+            return
+        start, stop = int(asked[1]), int(asked[2] or len(content) - 1) + 1
+        if start >= len(content):
+            raise HubError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{len(content)}"})
+        part = content[start:stop]
+        told = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+        self._answer(206, part, {**headers, "Content-Range": told})
+
+    # ---------------------------------------------------------------- writing
+
+    def preupload(self, kind: str, id: str, revision: str) -> Any:
+        repository = self._writable(kind, id)
+        files = repository.commit(revision).files
+        answers = []
+        for file in json.loads(self.body)["files"]:
+            path, there = file["path"], files.get(file["path"])
+            large = PurePosixPath(path).suffix in LARGE_SUFFIXES or b"\0" in base64.b64decode(file["sample"])
+            answer = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if there is not None:
+                answer["oid"] = hashlib.sha256(there).hexdigest() if large else git_id(there)
+            answers.append(answer)
+        return {"files": answers}
+
+    def batch(self, prefix: str, id: str) -> Any:
+        self._writable(prefix.removesuffix("s") or "model", id)
+        objects = []
+        for file in json.loads(self.body)["objects"]:
+            answer = {"oid": file["oid"], "size": file["size"]}
+            if file["oid"] not in self.hub.large_files:
+                links = {"upload": "upload", "verify": "verify"}
+                answer["actions"] = {
+                    name: {"href": f"{self.hub.endpoint}/large/{link}/{file['oid']}"} for name, link in links.items()
+                }
+            objects.append(answer)
+        return {"transfer": "basic", "objects": objects}
+
+    def _receive_large_file(self) -> None:
+        """An upload, whose address is all that it needs to be allowed; perhaps it is cut."""
+        cut, received = self.hub.cut_here(), b""
+        for piece in self._pieces():
+            received += piece
+            if cut is not None and len(received) > cut:
+                self.hub.requests.append((self.command, self.route, 0, self.token))
+                self.close_connection = True
+                self.connection.close()
+                return
+        sha256 = self.route.rpartition("/")[2]
+        if hashlib.sha256(received).hexdigest() != sha256:
+            raise HubError(400, "the content is not what its address says")
+        with self.hub.lock:
+            self.hub.large_files[sha256] = received
+        self._answer(200, b"", {})
+
+    def verify(self, sha256: str) -> Any:
+        told = json.loads(self.body)
+        if told["oid"] != sha256 or len(self.hub.large_files.get(sha256, b"")) != told["size"]:
+            raise HubError(404, "the large file is not there")
+        return {}
+
+    def change(self, kind: str, id: str, revision: str) -> Any:
+        repository = self._writable(kind, id)
+        if revision not in repository.branches:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        parent = repository.commit(revision)
+        files, title, large = dict(parent.files), "", set()
+        for line in self.body.splitlines():
+            key, value = (json.loads(line)[name] for name in ("key", "value"))
+            if key == "header":
+                title = value["summary"]
+                if value.get("parentCommit") not in (None, parent.id):
+                    raise HubError(412, "A commit has happened since. Please refresh and try again.")
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                if value["oid"] not in self.hub.large_files:
+                    raise HubError(400, f"The large file of {value['path']} was not uploaded")
+                large.add(value["oid"])
+                files[value["path"]] = self.hub.large_files[value["oid"]]
+            elif key == "deletedFile":
+                files.pop(value["path"], None)
+            elif key == "deletedFolder":
+                gone = value["path"].rstrip("/") + "/"
+                files = {name: content for name, content in files.items() if not name.startswith(gone)}
+            else:
+                raise HubError(400, f"Unknown operation {key}")
+        repository.large |= large
+        commit = repository.add(files, title, revision)
+        return {"success": True, "commitOid": commit.id, "commitUrl": f"{self.hub.endpoint}/{id}/commit/{commit.id}"}
+
+
+_REPO = r"/api/(?P<kind>model|dataset|space)s/(?P<id>[^/]+/[^/]+)"
+_ID = r"(?P<id>[^/]+/[^/]+?)"
+ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
+    ("GET", r"/api/whoami-v2", _Handler.who),
+    ("POST", r"/api/repos/create", _Handler.create),
+    ("POST", r"/api/validate-yaml", _Handler.check_card),
+    ("GET", rf"{_REPO}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
+    ("GET", rf"{_REPO}/refs", _Handler.refs),
+    ("GET", rf"{_REPO}/commits/(?P<revision>[^/]+)", _Handler.commits),
+    ("POST DELETE", rf"{_REPO}/branch/(?P<name>[^/]+)", _Handler.branch),
+    ("POST DELETE", rf"{_REPO}/tag/(?P<name>[^/]+)", _Handler.tag),
+    ("GET", rf"{_REPO}/tree/(?P<revision>[^/]+)(?P<path>/.*)?", _Handler.tree),
+    ("POST", rf"{_REPO}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
+    ("POST", rf"{_REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
+    ("POST", rf"{_REPO}/commit/(?P<revision>[^/]+)", _Handler.change),
+    ("POST", rf"/(?:(?P<prefix>datasets|spaces)/)?{_ID}\.git/info/lfs/objects/batch", _Handler.batch),
+    ("POST", r"/large/verify/(?P<sha256>[0-9a-f]{64})", _Handler.verify),
+    (
+        "GET HEAD",
+        rf"/(?:(?P<kind>datasets|spaces)/)?{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
+        _Handler.resolve,
+    ),
+]
