@@ -30,7 +30,7 @@ from .compaction_stimg import COMPACTIONS
 from .configuration_stimg import SAMPLE_UNITS
 from .corpus_row_stimg import slide_image_from_row
 from .counts_stimg import PANEL
-from .genes_stimg import GeneVocabulary
+from .genes_stimg import GENES_FILE, GeneVocabulary
 from .sample_units_stimg import draw_samples, sample_side, sample_spots
 from .sampling_stimg import GENE_SELECTIONS, make_windows
 from .slide_image_stimg import SlideImage, slide_image_from_adata, usable_device
@@ -369,10 +369,14 @@ class STPatchProcessor(BaseImageProcessor):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write `preprocessor_config.json`, `genes.json` and the code that reads them."""
-        os.makedirs(save_directory, exist_ok=True)
-        genes_file = self.vocabulary.save(save_directory)
         self.register_for_auto_class()
-        return [*super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs), genes_file]
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        return [*files, os.path.join(save_directory, GENES_FILE)]
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Write `preprocessor_config.json`, and the `genes.json` that belongs beside it."""
+        self.vocabulary.save(os.path.dirname(os.path.abspath(json_file_path)))
+        super().to_json_file(json_file_path)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "STPatchProcessor":

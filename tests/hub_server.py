@@ -1,8 +1,7 @@
 """A small Hugging Face Hub on the loopback interface: repositories with revisions, large files, tokens, cut uploads.
 
 It answers what huggingface_hub, transformers, the Trainer and datasets ask of the real one, in the same way as far as
-they look. Point them here with `Hub.environment()`, which has to be set before huggingface_hub is imported, or in one
-process with `huggingface_hub.HfApi(endpoint=hub.endpoint, token=...)`.
+they look. A fresh process comes here with the variables of `Hub.environment()`, this one with `Hub.here()`.
 """
 
 import base64
@@ -16,9 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 TOKEN, USER, ORGANISATION = "hf_loopbackwritetoken", "tester", "lab"
 # What the real Hub keeps as large files, by default, of what is met here.
@@ -50,7 +51,7 @@ class Repository:
     """A repository; `branches` and `tags` point to commits, `history` holds all of them, oldest first.
 
     Attributes:
-        large: sha256 of every file that was uploaded as a large one, as the client named it.
+        large: content of every large file that was uploaded, committed or not, by sha256.
     """
 
     id: str
@@ -59,7 +60,7 @@ class Repository:
     history: list[Commit] = field(default_factory=list)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    large: set[str] = field(default_factory=set)
+    large: dict[str, bytes] = field(default_factory=dict)
 
     def commit(self, revision: str = "main") -> Commit:
         """The commit of a branch, a tag or an id."""
@@ -85,14 +86,12 @@ class Hub:
         repositories: by (kind, id), kind being model, dataset or space.
         tokens: namespaces that a token may read privately and write to.
         requests: (method, path, status, token) of every request; token "" without one.
-        large_files: content of uploaded large files by sha256.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.tokens: dict[str, set[str]] = {TOKEN: {USER, ORGANISATION}}
         self.requests: list[tuple[str, str, int, str]] = []
-        self.large_files: dict[str, bytes] = {}
         self.lock = threading.RLock()
         self._cuts, self._cut_after = 0, 0
         self._server = _Server(("127.0.0.1", 0), partial(_Handler, self))
@@ -110,6 +109,22 @@ class Hub:
         """Variables that send every client of a fresh process here, with a token or without."""
         found = {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         return {**found, **({} if token is None else {"HF_TOKEN": token})}
+
+    def here(self, monkeypatch: pytest.MonkeyPatch, cache: Path, token: str | None = TOKEN) -> None:
+        """Send huggingface_hub and transformers of this process here, with a cache of their own."""
+        from huggingface_hub import constants
+        from transformers.utils import hub
+
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"ENDPOINT": self.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
+        for name, value in {**values, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hub, "_hf_api", None)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))
+        if token is None:
+            monkeypatch.delenv("HF_TOKEN", raising=False)
+        else:
+            monkeypatch.setenv("HF_TOKEN", token)
 
     def cut_uploads(self, times: int, after: int = 0) -> None:
         """Cut the connection of the next uploads of large files when so many bytes of them have come."""
@@ -405,15 +420,13 @@ class _Handler(BaseHTTPRequestHandler):
         return {"files": answers}
 
     def batch(self, prefix: str, id: str) -> Any:
-        self._writable(prefix.removesuffix("s") or "model", id)
+        repository = self._writable(prefix.removesuffix("s") or "model", id)
         objects = []
         for file in json.loads(self.body)["objects"]:
             answer = {"oid": file["oid"], "size": file["size"]}
-            if file["oid"] not in self.hub.large_files:
-                links = {"upload": "upload", "verify": "verify"}
-                answer["actions"] = {
-                    name: {"href": f"{self.hub.endpoint}/large/{link}/{file['oid']}"} for name, link in links.items()
-                }
+            if file["oid"] not in repository.large:
+                address = f"{self.hub.endpoint}/large/{repository.kind}/{id}/{file['oid']}"
+                answer["actions"] = {"upload": {"href": address}, "verify": {"href": address}}
             objects.append(answer)
         return {"transfer": "basic", "objects": objects}
 
@@ -427,16 +440,16 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.close()
                 return
-        sha256 = self.route.rpartition("/")[2]
-        if hashlib.sha256(received).hexdigest() != sha256:
+        match = re.fullmatch(_LARGE, self.route)
+        if match is None or hashlib.sha256(received).hexdigest() != match["sha256"]:
             raise HubError(400, "the content is not what its address says")
         with self.hub.lock:
-            self.hub.large_files[sha256] = received
+            self.hub.repository(match["id"], match["kind"]).large[match["sha256"]] = received
         self._answer(200, b"", {})
 
-    def verify(self, sha256: str) -> Any:
-        told = json.loads(self.body)
-        if told["oid"] != sha256 or len(self.hub.large_files.get(sha256, b"")) != told["size"]:
+    def verify(self, kind: str, id: str, sha256: str) -> Any:
+        told, large = json.loads(self.body), self.hub.repository(id, kind).large
+        if told["oid"] != sha256 or len(large.get(sha256, b"")) != told["size"]:
             raise HubError(404, "the large file is not there")
         return {}
 
@@ -445,7 +458,7 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in repository.branches:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         parent = repository.commit(revision)
-        files, title, large = dict(parent.files), "", set()
+        files, title = dict(parent.files), ""
         for line in self.body.splitlines():
             key, value = (json.loads(line)[name] for name in ("key", "value"))
             if key == "header":
@@ -455,10 +468,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
-                if value["oid"] not in self.hub.large_files:
+                if value["oid"] not in repository.large:
                     raise HubError(400, f"The large file of {value['path']} was not uploaded")
-                large.add(value["oid"])
-                files[value["path"]] = self.hub.large_files[value["oid"]]
+                files[value["path"]] = repository.large[value["oid"]]
             elif key == "deletedFile":
                 files.pop(value["path"], None)
             elif key == "deletedFolder":
@@ -466,12 +478,12 @@ class _Handler(BaseHTTPRequestHandler):
                 files = {name: content for name, content in files.items() if not name.startswith(gone)}
             else:
                 raise HubError(400, f"Unknown operation {key}")
-        repository.large |= large
         commit = repository.add(files, title, revision)
         return {"success": True, "commitOid": commit.id, "commitUrl": f"{self.hub.endpoint}/{id}/commit/{commit.id}"}
 
 
 _REPO = r"/api/(?P<kind>model|dataset|space)s/(?P<id>[^/]+/[^/]+)"
+_LARGE = r"/large/(?P<kind>[a-z]+)/(?P<id>[^/]+/[^/]+)/(?P<sha256>[0-9a-f]{64})"
 _ID = r"(?P<id>[^/]+/[^/]+?)"
 ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", r"/api/whoami-v2", _Handler.who),
@@ -487,7 +499,7 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", rf"{_REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     ("POST", rf"{_REPO}/commit/(?P<revision>[^/]+)", _Handler.change),
     ("POST", rf"/(?:(?P<prefix>datasets|spaces)/)?{_ID}\.git/info/lfs/objects/batch", _Handler.batch),
-    ("POST", r"/large/verify/(?P<sha256>[0-9a-f]{64})", _Handler.verify),
+    ("POST", _LARGE, _Handler.verify),
     (
         "GET HEAD",
         rf"/(?:(?P<kind>datasets|spaces)/)?{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)",

@@ -95,7 +95,8 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Go on from a model, a folder or Hub id (ORG/NAME, ORG/NAME@REVISION): its weights, architecture, "
-            "gene statistics and values. Genes that it does not know get new rows; fields that are not given are its own."
+            "gene statistics and values. Genes that it does not know get new rows; fields that are not given are its "
+            "own."
         },
     )
     window_size: int = field(default=16, metadata={"help": "Side of a window, in sites."})

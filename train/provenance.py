@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_processing.corpus import SlideRecord
+from data_processing.window_dataset import WindowDataset
 from modeling_stimg import STImageMAEForPreTraining
 from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments
 from train.callbacks import ProbeSlide
@@ -41,6 +42,30 @@ def told_arguments(
         "num_windows": num_windows,
         "num_spots_seen": num_spots_seen,
     }
+
+
+class Progress:
+    """How much of its budget a run has spent.
+
+    Args:
+        windows: all of the run. windows_a_step: of all processes and accumulation steps.
+    """
+
+    def __init__(self, windows: WindowDataset, windows_a_step: int):
+        self.windows, self.windows_a_step = windows, windows_a_step
+        self._counted = (0, 0)  # windows, and spots in them: each is counted once
+
+    def arguments(self, arguments: dict[str, Any], step: int) -> dict[str, Any]:
+        """What `told_arguments` tells, after so many steps: the windows and spots are those seen until then."""
+        start, spots = self._counted
+        stop = min(step * self.windows_a_step, len(self.windows))
+        if stop == len(self.windows):
+            return arguments
+        if stop < start:
+            start, spots = 0, 0
+        spots += int(self.windows.spots_of_items(start, stop).sum())
+        self._counted = (stop, spots)
+        return {**arguments, "steps_done": step, "num_windows": stop, "num_spots_seen": spots}
 
 
 def deciding_arguments(

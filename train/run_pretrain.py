@@ -8,6 +8,7 @@ under `untrained/` the model at step 0, against which an evaluation measures wha
 The same command again goes on from the last whole checkpoint, to the same weights as without the interruption.
 """
 
+import dataclasses
 import gc
 import math
 import os
@@ -36,7 +37,8 @@ from train.checkpoints import checkpoint_to_resume, remove_checkpoints, saving
 from train.continuing import Parent, extend_model, load_parent
 from train.model_card import CardFacts, write_card
 from train.preparing import Prepared, gene_vectors, prepare
-from train.provenance import card_facts, deciding_arguments, lineage, told_arguments
+from train.provenance import Progress, card_facts, deciding_arguments, lineage, told_arguments
+from train.pushing import check_push, remove_staged
 from train.trainer import PretrainTrainer
 
 logger = logging.get_logger("stimg")
@@ -209,15 +211,11 @@ def train(trainer: PretrainTrainer, checkpoint: Path | None) -> None:
         trainer.evaluate()
 
 
-def save_results(
-    trainer: PretrainTrainer, data: Prepared, parent: Parent | None, arguments: dict[str, Any], probed: bool
-) -> None:
+def save_results(trainer: PretrainTrainer, probed: bool) -> None:
     """Write everything that tells of the training, and then the model: a folder with a model always has the rest."""
     output = Path(trainer.args.output_dir)
     with saving(f"What there is to tell of {output}"):
         if trainer.is_world_process_zero():
-            seen, told = lineage(data, parent)
-            save_pretraining(output, seen, arguments, told)
             plot_loss(trainer.state.log_history, output / "loss.png")
             if probed:
                 plot_probe(trainer.state.log_history, output / "probe.png")
@@ -246,6 +244,7 @@ def pretrain(argv: list[str] | None = None) -> None:
     corpus, model_arguments, probe, training = parse_arguments(argv)
     check_arguments(corpus, training)
     check_reporting(training)
+    check_push(training)
     use_cpu_well(training)
     main_process = training.process_index == 0
     parent = None if model_arguments.init_from is None else load_parent(model_arguments.init_from)
@@ -259,6 +258,16 @@ def pretrain(argv: list[str] | None = None) -> None:
     checkpoint = checkpoint_to_resume(output, run, main_process) if training.resume else None
     arguments = told_arguments(corpus, model_arguments, training, len(windows), windows.num_spots())
     facts = card_facts(training, model, data, probe_slides, parent, arguments)
+    seen, told = lineage(data, parent)
+    progress = Progress(windows, training.windows_a_step)
+
+    def describe(folder: Path, history: list[dict[str, Any]], step: int) -> None:
+        """What there is to tell of the model after so many steps."""
+        so_far = progress.arguments(arguments, step)
+        save_pretraining(folder, seen, so_far, told)
+        now = dataclasses.replace(facts, name=trainer.hub_model_id or facts.name, arguments=so_far)
+        write_card(now, history).save(folder / "README.md")
+
     trainer = make_trainer(
         model,
         data,
@@ -266,17 +275,18 @@ def pretrain(argv: list[str] | None = None) -> None:
         training,
         windows,
         run=run,
-        model_card=lambda history: write_card(facts, history).save(output / "README.md"),
+        describe=describe,
     )
     add_probe(trainer, probe_slides, data.processor, probe)
     if main_process:
         tell_start(data, facts, training, checkpoint)
+        remove_staged(output)
         if not training.resume:
             remove_checkpoints(output)
         if checkpoint is None:
             save_start(output, model, data.processor, [] if parent is None else parent.seen, arguments)
     train(trainer, checkpoint)
-    save_results(trainer, data, parent, arguments, probed=bool(probe_slides))
+    save_results(trainer, probed=bool(probe_slides))
     if main_process:
         logger.warning(f"The model is in {output}.")
 

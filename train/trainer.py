@@ -4,22 +4,39 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils.hub import PushInProgress
 
 from data_processing.window_dataset import give_way
 from modeling_stimg import STImageMAEConfig
 from train.checkpoints import NotSavedError, finish_checkpoint, remove_older, saving
+from train.pushing import (
+    LAST_CHECKPOINT,
+    MODEL_FILES,
+    STAGING_PREFIX,
+    TOLD_FILES,
+    NotPushedError,
+    link_files,
+    pushing,
+    reason_of,
+    remove_staged,
+    stage_checkpoint,
+)
+
+logger = logging.get_logger("stimg")
 
 STAGING_FOLDER = ".saving"
 
@@ -58,7 +75,7 @@ def kept_randomness() -> Iterator[None]:
 
 
 class PretrainTrainer(Trainer):
-    """The Trainer with five differences.
+    """The Trainer with six differences.
 
     - The loss of a step is the mean over all windows of that step that have something masked, whatever processes and
       accumulation steps they are spread over. The mean of means would weigh the windows of a process higher where
@@ -68,10 +85,13 @@ class PretrainTrainer(Trainer):
     - Evaluation leaves the randomness of training alone.
     - Loader workers give way to a training on CPUs.
     - `create_model_card` writes the card that it was given.
+    - A push holds a model that loads, with its processor, genes, code and card, and no pickled arguments; what else
+      lies in the output folder stays there. One in the middle of a run is of a whole checkpoint, and if it fails the
+      training goes on.
 
     Args:
         run: what the result depends on; kept in every checkpoint.
-        model_card: writes `README.md` into the output folder from the log history.
+        describe: writes `README.md` and `pretraining.json` into a folder, from the log history and the steps done.
         on_loss: gets the loss of every forward pass, float (), on its device.
     """
 
@@ -79,13 +99,14 @@ class PretrainTrainer(Trainer):
         self,
         *args: Any,
         run: dict[str, Any],
-        model_card: Callable[[list[dict[str, Any]]], None],
+        describe: Callable[[Path, list[dict[str, Any]], int], None],
         on_loss: Callable[[torch.Tensor], None],
         **kwargs: Any,
     ):
+        self.push_in_progress: PushInProgress | None = None
         super().__init__(*args, **kwargs)
         self.run = run
-        self.model_card = model_card
+        self.describe = describe
         self.on_loss = on_loss
         self._staging: Path | None = None
 
@@ -157,6 +178,7 @@ class PretrainTrainer(Trainer):
                 with saving(str(target)):
                     self._name_best_checkpoint(output, staging / target.name)
                     finish_checkpoint(staging / target.name, target, self.run)
+                self._push_checkpoint(target)
             except NotSavedError as error:
                 failure = error
         failed = self._any_process(failure is not None)
@@ -198,6 +220,111 @@ class PretrainTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md`; the Trainer asks for it when it pushes a model."""
+        """Write `README.md` and `pretraining.json`."""
         if self.is_world_process_zero():
-            self.model_card(self.state.log_history)
+            self.describe(Path(self.args.output_dir), self.state.log_history, self.state.global_step)
+
+    # ---------------------------------------------------------------- Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository, and the branch of `hub_revision`, where they are not there yet."""
+        with pushing(f"The repository {self.args.hub_model_id or Path(self.args.output_dir).name} cannot be pushed to"):
+            super().init_hf_repo(token=token, private=private)
+            if self.args.hub_revision is not None and self.is_world_process_zero():
+                self._hub_api(token).create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future | None:
+        """Upload the model of the output folder, which was saved before, and what tells of it.
+
+        Raises:
+            NotPushedError: it could not be.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self._finish_current_push()
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card()
+        output = Path(self.args.output_dir)
+        remove_staged(output)
+        by_hand = f'hf upload {self.hub_model_id} {output} --exclude "checkpoint-*/*" "untrained/*"'
+        with pushing(f"The model is in {output}, but not on the Hub, where `{by_hand}` takes it"):
+            link_files(output, output / STAGING_PREFIX, MODEL_FILES + TOLD_FILES)
+            return self._upload(output / STAGING_PREFIX, commit_message, blocking, token, revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: `_push_checkpoint` comes when the checkpoint is whole."""
+
+    def _push_checkpoint(self, checkpoint: Path) -> None:
+        """Push a whole checkpoint in the background; while another push goes on, only with `hub_always_push`."""
+        strategy, step = HubStrategy(self.args.hub_strategy), self.state.global_step
+        if not self.args.push_to_hub or strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        if self.push_in_progress is not None:
+            if self.push_in_progress.is_done():
+                self._finish_current_push()
+            elif not self.args.hub_always_push:
+                return
+        names = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        staged = checkpoint.with_name(f"{STAGING_PREFIX}-{step}")
+        try:
+            with pushing(f"The checkpoint of step {step:,} is not on the Hub"):
+                if not stage_checkpoint(checkpoint, staged, names.get(strategy)):
+                    raise NotPushedError(f"{checkpoint} holds no whole model, so that it is not pushed.")
+                self.describe(staged, self.state.log_history, step)
+                job = self._upload(staged, f"Training in progress, step {step}", blocking=False)
+            before = [] if self.push_in_progress is None else self.push_in_progress.jobs
+            self.push_in_progress = PushInProgress([*before, job])
+        except NotPushedError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            logger.warning(f"{error} Training goes on.")
+
+    def _finish_current_push(self) -> None:
+        """Wait for the push that goes on, and say so if it failed."""
+        super()._finish_current_push()
+        jobs, self.push_in_progress = ([] if self.push_in_progress is None else self.push_in_progress.jobs), None
+        for job in jobs:
+            error = job.exception()
+            if error is not None:
+                logger.warning(f"A checkpoint is not on the Hub: {reason_of(error)}. Training goes on.")
+
+    def _upload(
+        self,
+        staged: Path,
+        commit_message: str | None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> CommitInfo | Future:
+        """Upload a folder as it is, and remove it."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+
+        def upload() -> CommitInfo:
+            try:
+                return api.upload_folder(
+                    repo_id=self.hub_model_id,
+                    folder_path=staged,
+                    commit_message=commit_message,
+                    revision=self.args.hub_revision if revision is None else revision,
+                )
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+
+        api = self._hub_api(token)
+        return upload() if blocking else api.run_as_future(upload)
+
+    def _hub_api(self, token: str | None = None) -> HfApi:
+        """The one that this run pushes with, a push after the other; or another one for another token."""
+        return self._pushing_api if token is None else HfApi(token=token)
+
+    @cached_property
+    def _pushing_api(self) -> HfApi:
+        return HfApi(token=self.args.hub_token)

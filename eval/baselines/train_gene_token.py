@@ -20,12 +20,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
 
+from data_processing.corpus import save_pretraining
 from data_processing.window_dataset import spots_of
 from eval.baselines.gene_token import GeneTokenConfig, GeneTokenForPreTraining
 from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments, fields_of_config
 from train.checkpoints import checkpoint_to_resume, remove_checkpoints
 from train.preparing import Prepared, gene_vectors, prepare
-from train.provenance import deciding_arguments, told_arguments
+from train.provenance import deciding_arguments, lineage, told_arguments
 from train.run_pretrain import (
     check_arguments,
     check_reporting,
@@ -108,8 +109,13 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(training.output_dir)
     checkpoint = checkpoint_to_resume(output, run, main_process) if training.resume else None
     told = arguments.only_own(told_arguments(corpus, as_model, training, len(windows), windows.num_spots()))
-    # No card: it is trained to be compared with, not to be published.
-    trainer = make_trainer(model, data, corpus, training, windows, run=run, model_card=lambda history: None)
+    seen, further = lineage(data, None)
+
+    def describe(folder: Path, *_: Any) -> None:
+        """No card: it is trained to be compared with, not to be published."""
+        save_pretraining(folder, seen, told, further)
+
+    trainer = make_trainer(model, data, corpus, training, windows, run=run, describe=describe)
     if main_process:
         going_on = "" if checkpoint is None else f" Goes on from {checkpoint}."
         logger.warning(
@@ -122,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoint is None:
             save_start(output, model, data.processor, [], told)
     train(trainer, checkpoint)
-    save_results(trainer, data, None, told, probed=False)
+    save_results(trainer, probed=False)
     if main_process:
         logger.warning(f"The model is in {output}.")
     trainer.accelerator.end_training()
