@@ -119,7 +119,7 @@ class Hub:
         values = {"ENDPOINT": self.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
         for name, value in {**values, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": False}.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hub, "_hf_api", None)
+        monkeypatch.setattr(hub, "_hf_api", None, raising=False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))
         if token is None:
             monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -29,6 +29,8 @@ from modeling_stimg import (
     embed_slide,
 )
 from modeling_stimg.hub import find_model
+from train.checkpoints import last_whole_checkpoint
+from train.pushing import NotPushedError
 
 CODE = {path.name for path in (Path(__file__).parents[1] / "modeling_stimg").glob("*_stimg.py")}
 MODEL = {"config.json", "model.safetensors", "preprocessor_config.json", "genes.json", *CODE}
@@ -229,14 +231,17 @@ def test_package_brings_its_own_pipeline(pushed: Hub, here: Hub, checkpoint: Pat
     assert isinstance(AutoModelForPreTraining.from_pretrained("lab/made", revision="first"), STImageMAEForPreTraining)
 
 
-def test_run_in_the_hub_is_a_model_and_nothing_else(trained: SimpleNamespace):
+def test_run_in_the_hub_is_a_model_and_nothing_else(trained: SimpleNamespace, tmp_path: Path):
     final = trained.repository.commit("main").files
     told = {"README.md", "pretraining.json", "loss.png", ".gitattributes"}
     assert {name for name in final if "/" not in name} == MODEL | told
     for name in MODEL | told - {".gitattributes"}:
         assert final[name] == (trained.output / name).read_bytes(), name
-    last = {name.removeprefix("last-checkpoint/") for name in final if name.startswith("last-checkpoint/")}
-    assert {"checkpoint.json", "optimizer.pt", "model.safetensors", "trainer_state.json"} <= last
+    (tmp_path / "checkpoint-10").mkdir()
+    for name in final:
+        if name.startswith("last-checkpoint/"):
+            (tmp_path / "checkpoint-10" / name.removeprefix("last-checkpoint/")).write_bytes(final[name])
+    assert last_whole_checkpoint(tmp_path)[0].name == "checkpoint-10"
 
     titles = [commit.title for commit in trained.repository.history]
     assert titles[-1] == "Model save"
@@ -264,11 +269,14 @@ def test_every_strategy_leaves_what_it_says(
     common = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "hub_always_push": True}
     for strategy in ("end", "every_save", "all_checkpoints"):
         name = f"lab/{strategy}"
-        train_here(small_config, tmp_path / strategy, hub_model_id=name, hub_strategy=strategy, **common)
+        branch = "trial" if strategy == "end" else "main"
+        fields = {**common, "hub_strategy": strategy, "hub_revision": branch}
+        train_here(small_config, tmp_path / strategy, hub_model_id=name, **fields)
+        assert hub.repository(name).branches[branch] == hub.repository(name).history[-1].id
         titles = [commit.title for commit in hub.repository(name).history[1:]]
         during = [] if strategy == "end" else [f"Training in progress, step {step}" for step in (2, 4)]
         assert titles == [*during, "Model save"]
-        folders = {path.split("/")[0] for path in hub.files(name) if "/" in path}
+        folders = {path.split("/")[0] for path in hub.files(name, branch) if "/" in path}
         assert folders == ({"checkpoint-2", "checkpoint-4"} if strategy == "all_checkpoints" else set())
 
 
@@ -282,8 +290,6 @@ def test_failing_push_costs_nothing_but_itself(
     caplog: pytest.LogCaptureFixture,
 ):
     from small_pretraining import same_weights, train_here
-
-    from train.pushing import NotPushedError
 
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
     hub.cut_uploads(1000, after=1000)

@@ -255,7 +255,7 @@ class PretrainTrainer(Trainer):
         self.create_model_card()
         output = Path(self.args.output_dir)
         remove_staged(output)
-        by_hand = f'hf upload {self.hub_model_id} {output} --exclude "checkpoint-*/*" "untrained/*"'
+        by_hand = f'hf upload {self.hub_model_id} {output} . --exclude "checkpoint-*/*" --exclude "untrained/*"'
         with pushing(f"The model is in {output}, but not on the Hub, where `{by_hand}` takes it"):
             link_files(output, output / STAGING_PREFIX, MODEL_FILES + TOLD_FILES)
             return self._upload(output / STAGING_PREFIX, commit_message, blocking, token, revision)
