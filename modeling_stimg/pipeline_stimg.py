@@ -14,6 +14,7 @@
 """`transformers.pipeline("st-feature-extraction", model=...)`: slides in, embeddings of their spots out."""
 
 import inspect
+import re
 from types import GeneratorType
 from typing import Any
 
@@ -25,10 +26,8 @@ from .processing_stimg import STPatchProcessor
 from .slide_image_stimg import SlideImage
 
 TASK = "st-feature-extraction"
-# What embed_image is told by name; the rest it gets from the pipeline.
-OPTIONS = tuple(inspect.signature(embed_image).parameters)[3:]
-# Where the pipeline runs is decided when it is made.
-CALL_OPTIONS = tuple(name for name in OPTIONS if name != "device")
+# What embed_image is told, but for what the pipeline has: the model, its processor, the slide, and where it runs.
+OPTIONS = tuple(name for name in list(inspect.signature(embed_image).parameters)[3:] if name != "device")
 
 
 class STFeatureExtractionPipeline(Pipeline):
@@ -57,10 +56,7 @@ class STFeatureExtractionPipeline(Pipeline):
 
     def __init__(self, model: Any, image_processor: Any = None, **kwargs: Any):
         if image_processor is None:
-            revision = getattr(model.config, "_commit_hash", None)
-            image_processor = STPatchProcessor.from_pretrained(
-                model.name_or_path, **({} if revision is None else {"revision": revision})
-            )
+            image_processor = STPatchProcessor.from_pretrained(model.name_or_path, **_revision_of(model))
         # Loading puts classes there, which no config.json can hold.
         if getattr(model.config, "custom_pipelines", None) is not None:
             model.config.custom_pipelines = custom_pipelines()
@@ -95,9 +91,9 @@ class STFeatureExtractionPipeline(Pipeline):
         return self.run_single(inputs, {}, {**self._forward_params, **forward}, {})
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        unknown = sorted(set(options) - set(CALL_OPTIONS))
+        unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
-            raise ValueError(f"Unknown options {unknown} of the {TASK} pipeline: expected any of {CALL_OPTIONS}.")
+            raise ValueError(f"Unknown options {unknown} of the {TASK} pipeline: expected any of {OPTIONS}.")
         return {}, options, {}
 
     def preprocess(self, slide: Any) -> dict[str, Any]:
@@ -117,6 +113,13 @@ class STFeatureExtractionPipeline(Pipeline):
     def postprocess(self, outputs: dict[str, Any]) -> np.ndarray:
         """float32 (n_obs, width): the embedding of every row of the source."""
         return np.ascontiguousarray(outputs["embedding"][outputs["image"].spot_of_obs])
+
+
+def _revision_of(model: Any) -> dict[str, str]:
+    """`revision=` the commit of the Hub that a model is from, where it can be told: its code is kept under its name."""
+    known = [getattr(model.config, "_commit_hash", None) or "", *type(model).__module__.split(".")]
+    commit = next((name for name in known if re.fullmatch("[0-9a-f]{40}", name)), None)
+    return {} if commit is None else {"revision": commit}
 
 
 def custom_pipelines() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load
 from transformers import AutoModelForPreTraining, pipeline
 
+from eval import run_masked_loss
 from modeling_stimg import (
     STFeatureExtractionPipeline,
     STImageMAEForPreTraining,
@@ -30,6 +31,7 @@ from modeling_stimg import (
 )
 from modeling_stimg.hub import find_model
 from train.checkpoints import last_whole_checkpoint
+from train.continuing import load_parent, parent_fields
 from train.pushing import NotPushedError
 
 CODE = {path.name for path in (Path(__file__).parents[1] / "modeling_stimg").glob("*_stimg.py")}
@@ -60,7 +62,7 @@ for name, revision in told["models"]:
     pipe = pipeline("st-feature-extraction", model=name, revision=revision, **trust)
     image = processors[1].slide_to_image(slide)
     made = [model.embed(image, processor)[image.spot_of_obs] for model in models for processor in processors]
-    made += [pipe(slide), *pipe([slide, image]), *pipe(each for each in [slide])]
+    made += [pipe(slide), *pipe([slide, image]), *pipe(each for each in [slide]), type(pipe)(models[0])(slide)]
     assert all(np.array_equal(made[0], each) and each.dtype == np.float32 for each in made), name
     embeddings[f"{name}@{revision}"] = made[0]
     embeddings[f"{name}@{revision} options"] = pipe(slide, batch_size=3, **told["options"])
@@ -259,6 +261,24 @@ def test_run_in_the_hub_is_a_model_and_nothing_else(trained: SimpleNamespace, tm
     assert not [path for path in trained.output.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert not list(trained.output.glob(".pushing*"))
     assert "# lab/trained" in final["README.md"].decode()
+
+
+def test_recipes_take_models_of_the_hub(
+    trained: SimpleNamespace, here: Hub, slides: dict[str, AnnData], tmp_path: Path
+):
+    commit = trained.repository.branches["main"]
+    fields, parent = parent_fields("lab/trained"), load_parent(f"lab/trained@{commit}")
+    assert (fields["hidden_size"], fields["normalization"]) == (32, "standardized")
+    assert parent.name == f"lab/trained@{commit}"
+    assert {slide.name for slide in parent.slides} == set(slides)
+    slides["square"].write_h5ad(tmp_path / "square.h5ad")
+    words = ["--models", "lab/trained@main", str(trained.output), "--slides", str(tmp_path / "square.h5ad")]
+    run_masked_loss.main([*words, "--output_dir", str(tmp_path / "loss"), "--coverage", "0.3"])
+    results = json.loads((tmp_path / "loss" / "results.json").read_text())
+    models, (there, local) = results["metadata"]["models"], results["records"]
+    assert [models[name]["hub"] for name in ("trained@main", "model")] == [f"lab/trained@{commit}", None]
+    assert models["trained@main"]["arguments"] == models["model"]["arguments"]
+    assert {**there, "trained_model": "model"} == local
 
 
 def test_every_strategy_leaves_what_it_says(

@@ -228,10 +228,15 @@ class PretrainTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, and the branch of `hub_revision`, where they are not there yet."""
-        with pushing(f"The repository {self.args.hub_model_id or Path(self.args.output_dir).name} cannot be pushed to"):
-            super().init_hf_repo(token=token, private=private)
-            if self.args.hub_revision is not None and self.is_world_process_zero():
-                self._hub_api(token).create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        api = self._hub_api(token)
+        with pushing(f"The repository {name} cannot be pushed to"):
+            self.hub_model_id = api.create_repo(name, private=private, exist_ok=True).repo_id
+            if self.args.hub_revision is not None:
+                api.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
 
     def push_to_hub(
         self,
