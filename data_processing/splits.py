@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 Split = tuple[np.ndarray, np.ndarray]
+# How tables write a missing value (pandas' list); a column that was made text keeps them as if they were names.
+MISSING_NAMES = frozenset(
+    {"", "#N/A", "#N/A N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+)
 MAX_DRAWS = 1000  # until a training side has two classes
 
 
@@ -27,18 +31,20 @@ def slide_labels(adata: AnnData, label_key: str = "label", unlabelled: Sequence[
     label_key
         Column of `obs`.
     unlabelled
-        Values of that column that are no class; missing values and empty strings never are.
+        Values of that column that are no class; missing values, empty strings and what tables write for them
+        (`MISSING_NAMES`) never are.
 
     Returns
     -------
-    Object array (n_obs,) of str, None where the spot has no class.
+    Object array (n_obs,) of str, None where the spot has no class. Blanks around a name are no part of it, and whole
+    numbers are the same class whether a column holds them as integers or, because others are missing, as floats.
     """
     if label_key not in adata.obs:
         raise ValueError(f"obs has no column {label_key!r}; it has {list(adata.obs.columns)}: name one as label_key")
-    no_class = {"", *unlabelled}
+    no_class = {*MISSING_NAMES, *unlabelled}
     values = adata.obs[label_key].astype(object)
-    names = [None if pd.isna(value) or str(value) in no_class else str(value) for value in values]
-    return np.array(names, dtype=object)
+    names = [None if pd.isna(value) else _class_name(value) for value in values]
+    return np.array([None if name in no_class else name for name in names], dtype=object)
 
 
 def encode_labels(labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -269,6 +275,13 @@ def transfer_splits(
                 break
         splits.append((drawn, tested))
     return splits, dropped
+
+
+def _class_name(value: object) -> str:
+    """`2.0` -> `"2"`, `" tumour "` -> `"tumour"`."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return str(value).strip()
 
 
 def _enough(labels: np.ndarray, num_splits: int, train_share: float) -> tuple[np.ndarray, int]:

@@ -95,6 +95,23 @@ def test_slide_labels_turn_every_non_class_into_none(categorical):
     assert kept == ["tumour", None, "undetermined", None, "fat", None]
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, 2, 3], ["1", "2", "3"]),
+        ([1.0, np.nan, 2.5], ["1", None, "2.5"]),  # a missing value makes integers floats, but no other classes
+        (pd.array([1, None, 2], dtype="Int64"), ["1", None, "2"]),
+        (["a", " a", "a\t"], ["a", "a", "a"]),
+        (["a", " ", "NA"], ["a", None, None]),
+        (pd.Categorical(["nan", "a", "<NA>"]), [None, "a", None]),
+        ([True, False, True], ["True", "False", "True"]),
+    ],
+)
+def test_slide_labels_are_the_same_however_a_column_writes_them(values, expected):
+    obs = pd.DataFrame({"label": values}, index=["0", "1", "2"])
+    assert slide_labels(ad.AnnData(np.zeros((3, 1), dtype=np.float32), obs=obs)).tolist() == expected
+
+
 def test_slide_labels_name_the_columns_there_are():
     adata = ad.AnnData(np.zeros((2, 1), dtype=np.float32), obs=pd.DataFrame({"layer": ["a", "b"]}, index=["0", "1"]))
     with pytest.raises(ValueError, match=r"no column 'label'.*'layer'"):
