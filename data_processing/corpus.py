@@ -67,9 +67,10 @@ def slide_patient(adata: AnnData) -> str:
     """The donor that the slide names in `uns["meta"]["patient"]` or in a one-valued `obs["donor_id"]`, else empty."""
     meta = adata.uns.get("meta")
     if isinstance(meta, dict) and "patient" in meta:
-        return str(meta["patient"])
+        patient = meta["patient"]
+        return "" if patient is None or patient != patient else str(patient)  # NaN is the name of nobody
     if "donor_id" in adata.obs and adata.obs["donor_id"].nunique() == 1:
-        return str(adata.obs["donor_id"].iloc[0])
+        return str(adata.obs["donor_id"].dropna().iloc[0])
     return ""
 
 

@@ -104,6 +104,11 @@ class LeakGuard:
         return ""
 
 
+def known_patient(patient: str | None) -> str:
+    """A donor's name, "" where it says that nobody knows: `?`, `NA`, `unknown`."""
+    return "" if patient is None or _pieces(patient) in UNKNOWN_PATIENTS else patient
+
+
 def _pieces(name: str) -> str:
     """Letters and digits of a name, apart where anything else stands between them: `HER2ST-A1` -> ` her2st a1 `."""
     return " " + " ".join(re.findall(r"[^\W_]+", name.casefold())) + " "

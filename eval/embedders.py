@@ -113,7 +113,7 @@ class EncoderEmbedder:
 
     def seen(self, slide: EvaluationSlide) -> str | None:
         """What it saw of the slide in pretraining."""
-        return seen(slide.name, slide.adata, self.corpus) if self.learnt else None
+        return seen(slide.name, slide.adata, self.corpus, slide.patient) if self.learnt else None
 
     def is_smaller_than_window(self, slide: EvaluationSlide) -> bool:
         """Whether no window fits into the slide, so that all of them reach beyond it."""

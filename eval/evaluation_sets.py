@@ -2,7 +2,7 @@
 
 The names are those of the manifest, `data_processing/sources.tsv`. Nothing is downloaded: slides are looked for in the
 folder that `$STIMG_DATA` names, as `slides/NAME.h5ad` and in its list `slides.tsv` (columns name, role and patient), of
-which only the rows with the role "labelled" are taken.
+which only the rows with the role "labelled" (or "evaluation") are taken.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import numpy as np
 from anndata import AnnData
 
 from data_processing.corpus import slide_name, slide_patient
+from data_processing.fingerprints import known_patient
 from data_processing.sources import EVALUATION_SETS, Source, read_manifest
 from data_processing.splits import encode_labels, slide_labels
 from modeling_stimg import read_slide
 from modeling_stimg.compaction_stimg import compact
 
 DATA_VARIABLE = "STIMG_DATA"
+ROLES = ("labelled", "evaluation")  # as data_processing/local_slides.py reads the same table
 # Collections of the manifest do not list their slides; these are how ours are called.
 COLLECTION_NAMES = {"her2": "her2st_", "heart": "aspheart_"}
 NO_CLASS = {"her2": ("undetermined",), "heart": ("WH",)}
@@ -76,9 +78,9 @@ def named_paths(name: str) -> dict[str, tuple[Path, str]]:
     if not folder:
         raise ValueError(f"The set {name!r} is looked for in ${DATA_VARIABLE}, which is not set: {_wanted(sources)}.")
     found = {
-        row["name"]: (Path(folder) / "slides" / f"{row['name']}.h5ad", row.get("patient", ""))
+        row["name"]: (Path(folder) / "slides" / f"{row['name']}.h5ad", row.get("patient") or "")
         for row in _listed(Path(folder) / "slides.tsv")
-        if row.get("role") == "labelled" and _belongs(row["name"], name, sources)
+        if row["role"].casefold() in ROLES and _belongs(row["name"], name, sources)
     }
     found = {slide: place for slide, place in found.items() if place[0].exists()}
     if not found:
@@ -130,7 +132,8 @@ def load_slide(path: Path, label_key: str, unlabelled: Sequence[str], patient: s
         found = f"the class {classes[0]!r} alone" if classes else "no labelled spot"
         raise ValueError(f"{name}: obs[{label_key!r}] has {found} on {adata.n_obs} spots: a probe needs two classes.")
     rows, cols = compact(adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy(), "lattice")
-    return EvaluationSlide(name, adata, slide_patient(adata) or patient, labels, codes, tuple(classes), rows, cols)
+    patient = known_patient(slide_patient(adata)) or known_patient(patient)
+    return EvaluationSlide(name, adata, patient, labels, codes, tuple(classes), rows, cols)
 
 
 def _belongs(slide: str, set_name: str, sources: Sequence[Source]) -> bool:
@@ -145,11 +148,12 @@ def _belongs(slide: str, set_name: str, sources: Sequence[Source]) -> bool:
 def _listed(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"${DATA_VARIABLE} holds no {path.name}: it tells which slides are labelled.")
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     if rows and not {"name", "role"} <= set(rows[0]):
         raise ValueError(f"{path.name} has the columns {list(rows[0])}: expected name and role, tab-separated.")
-    return rows
+    # A row that is cut short has None for the rest, and more than the columns under None.
+    return [{key: (value or "").strip() for key, value in row.items() if key is not None} for row in rows]
 
 
 def _wanted(sources: Sequence[Source]) -> str:

@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_processing.corpus import SlideRecord, slide_patient
 from data_processing.phantom import PhantomTissue
+from eval.embedders import EncoderEmbedder
 from eval.evaluation_sets import load_given_set, load_named_set, load_slide, named_paths
+from eval.provenance import seen
 
 SLIDES = {  # name: (role, patient)
     "dlpfc_151673_g80": ("labelled", "Br8100"),
@@ -80,6 +83,45 @@ def test_given_slides_are_a_set(folder: Path):
     assert list(given.slides) == ["her2st_A1", "her2st_B1"]
     slide = given.slides["her2st_B1"]
     np.testing.assert_array_equal(slide.rows, np.unique(slide.adata.obs["array_row"], return_inverse=True)[1])
+
+
+def test_a_table_by_other_hands_is_read_too(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A byte order mark, blanks, roles as build_corpus.py knows them, a row cut short, and donors nobody knows."""
+    (tmp_path / "slides").symlink_to(folder / "slides")
+    rows = [
+        "her2st_A1\t Evaluation\t?",
+        "her2st_B1\tlabelled",
+        "her2st_A2\tunlabelled\tA",
+        "dlpfc_151507\tLabelled\tNA\tx",
+    ]
+    (tmp_path / "slides.tsv").write_text("\ufeff" + "\n".join(["name\trole\tpatient", *rows]) + "\n", encoding="utf-8")
+    monkeypatch.setenv("STIMG_DATA", str(tmp_path))
+    slides = {**load_named_set("her2").slides, **load_named_set("dlpfc").slides}
+    assert {name: slide.patient for name, slide in slides.items()} == dict.fromkeys(
+        ["her2st_A1", "her2st_B1", "dlpfc_151507"], ""
+    )
+
+
+def test_what_a_model_saw_goes_by_the_patient_that_the_table_tells(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("STIMG_DATA", str(folder))
+    slide = load_named_set("her2").slides["her2st_A1"]
+    corpus = [SlideRecord("her2st_A2", "A", 50)]
+    assert EncoderEmbedder("stimg", None, None, corpus).seen(slide) == "same patient"
+    corpus = [SlideRecord("her2st_B2", "B", 50)]
+    assert EncoderEmbedder("stimg", None, None, corpus).seen(slide) == "unseen patient"
+    assert seen("x", slide.adata, corpus) == "patient not told"
+    assert seen("x", slide.adata, corpus, "?") == "patient not told"
+
+
+def test_a_missing_patient_is_nobody(tissue: PhantomTissue):
+    slide = tissue.slide(0, height=6, width=6)
+    for patient in (float("nan"), None):
+        slide.uns["meta"] = {"patient": patient}
+        assert slide_patient(slide) == ""
+    del slide.uns["meta"]
+    slide.obs["donor_id"] = ["D1", *[np.nan] * (slide.n_obs - 1)]
+    slide.obs["donor_id"] = slide.obs["donor_id"].iloc[::-1].to_numpy()
+    assert slide_patient(slide) == "D1"
 
 
 @pytest.mark.real_data
