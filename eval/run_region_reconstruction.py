@@ -40,6 +40,7 @@ from eval.region_reconstruction import (
 from eval.region_report import GENE_MAPS_FILE, gene_maps, plot_gene_maps, plot_regions, region_table
 from eval.results import run_metadata, write_results
 from modeling_stimg import STImageMAEForPreTraining, STPatchProcessor
+from modeling_stimg.genes_stimg import SlideGenes
 from modeling_stimg.hub import find_model
 
 TRAINED = "stimg"
@@ -138,14 +139,7 @@ def named_region(adata: AnnData, arguments: RegionArguments, slide: EvaluatedSli
         ValueError: no such column or entry, no polygon, or one that holds no spot or every spot.
     """
     name = slide.image.name
-    if arguments.region is not None:
-        if arguments.region not in adata.obs:
-            raise ValueError(f"{name}: obs has no column {arguments.region!r}: it has {list(adata.obs.columns)}.")
-        inside = adata.obs[arguments.region].to_numpy()
-        if inside.dtype != bool:
-            raise ValueError(f"{name}: obs[{arguments.region!r}] holds {inside.dtype} values: expected True and False.")
-    else:
-        inside = _within(adata, _corners(arguments.polygon), arguments.polygon_key, name)
+    inside = _inside(adata, arguments, name)
     hidden = np.zeros(slide.image.num_spots, dtype=bool)
     hidden[slide.image.spot_of_obs[inside]] = True
     if not hidden.any() or hidden.all():
@@ -154,6 +148,18 @@ def named_region(adata: AnnData, arguments: RegionArguments, slide: EvaluatedSli
             "around them."
         )
     return Region(hidden, ~hidden)
+
+
+def _inside(adata: AnnData, arguments: RegionArguments, name: str) -> np.ndarray:
+    """bool (n_obs,): spots of the region."""
+    if arguments.region is None:
+        return _within(adata, _corners(arguments.polygon), arguments.polygon_key, name)
+    if arguments.region not in adata.obs:
+        raise ValueError(f"{name}: obs has no column {arguments.region!r}: it has {list(adata.obs.columns)}.")
+    inside = adata.obs[arguments.region].to_numpy()
+    if inside.dtype != bool:
+        raise ValueError(f"{name}: obs[{arguments.region!r}] holds {inside.dtype} values: expected True and False.")
+    return inside
 
 
 def _corners(polygon: str) -> np.ndarray:
@@ -282,7 +288,7 @@ class Evaluation:
         """All that numbers depend on beside the slides."""
         arguments = self.arguments
         weights = {
-            name: fingerprint(*(tensor.numpy() for _, tensor in sorted(model.state_dict().items())))
+            name: fingerprint(*(tensor.float().numpy() for _, tensor in sorted(model.state_dict().items())))
             for name, model in self.models.items()
         }
         names = ("repetitions", "num_genes", "model_window", "polygon_key")
@@ -311,29 +317,64 @@ class Evaluation:
         )
 
 
-def finished_records(output: Path, settings: dict[str, Any], slides: dict[str, str]) -> list[dict[str, Any]]:
-    """The records of an earlier run with the same settings.
+Digests = dict[str, dict[str, str]]
+
+
+def digests_of(slides: dict[str, AnnData], rows: list[Row], arguments: RegionArguments) -> Digests:
+    """Fingerprints of what an earlier run's records may rest on: that nothing outdated enters a table.
+
+    Returns:
+        "slides": of counts and spot names; "genes_and_places": of gene names and array positions; "regions": of the
+        spots of those that are no squares.
+    """
+    digests: Digests = {"slides": {}, "genes_and_places": {}, "regions": {}}
+    for name, adata in slides.items():
+        matrix, genes = adata.X.tocsr(), SlideGenes.of(adata)
+        digests["slides"][name] = fingerprint(matrix.data, matrix.indices, matrix.indptr, adata.obs_names.to_numpy(str))
+        positions = [adata.obs[column].to_numpy() for column in ("array_row", "array_col")]
+        digests["genes_and_places"][name] = fingerprint(np.array(genes.ids), np.array(genes.symbols), *positions)
+    for row in rows:
+        if row.mask_size is None:
+            inside = _inside(slides[row.slide], arguments, row.slide)
+            digests["regions"][f"{row.slide}, {row.region}"] = fingerprint(inside)
+    return digests
+
+
+def finished_records(output: Path, settings: dict[str, Any], digests: Digests) -> tuple[list[dict[str, Any]], Digests]:
+    """The records of an earlier run with the same settings, and the digests of all slides that they are of.
+
+    Args:
+        digests: see `digests_of`.
 
     Raises:
         ValueError: there are records, but of other settings or of slides that changed since.
     """
     path = output / "results.json"
     if not path.exists():
-        return []
+        return [], digests
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         records, metadata = content["records"], content["metadata"]
-        known, slides_known = metadata["settings"], metadata["slides"]
+        known = metadata["settings"]
+        digests_known = {kind: metadata.get(kind, {}) for kind in digests}  # earlier versions told the first alone
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no results of this script ({error}): give another --output_dir.") from error
     wanted = json.loads(json.dumps(settings))
     other = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
     if other:
         raise ValueError(f"{path} was made with another {', '.join(other)}: give another --output_dir, or remove it.")
-    changed = sorted(name for name, digest in slides.items() if slides_known.get(name, digest) != digest)
+    changed = {
+        name: None
+        for kind, of_slides in digests.items()
+        for name, digest in of_slides.items()
+        if digests_known[kind].get(name, digest) != digest
+    }
     if changed:
-        raise ValueError(f"{path} was made with other slides called {', '.join(changed)}: give another --output_dir.")
-    return records
+        raise ValueError(
+            f"{path} was made with other slides or regions called {'; '.join(sorted(changed))}: give another "
+            "--output_dir."
+        )
+    return records, {kind: digests_known[kind] | of_slides for kind, of_slides in digests.items()}
 
 
 def write(
@@ -352,19 +393,16 @@ def main(argv: list[str] | None = None) -> None:
     slides = read_slides(find_slides(arguments.slides))
     evaluation = Evaluation(arguments, slides)
     output = Path(arguments.output_dir)
-    digests = {}
-    for name, adata in slides.items():
-        matrix = adata.X.tocsr()
-        digests[name] = fingerprint(matrix.data, matrix.indices, matrix.indptr, adata.obs_names.to_numpy(str))
     settings = evaluation.settings()
     rows = all_rows(list(slides), arguments)
     done: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in finished_records(output, settings, digests):
+    finished, digests = finished_records(output, settings, digests_of(slides, rows, arguments))
+    for record in finished:
         key = record["slide"], record["region"], record["mask_size"], record["window_size"]
         done.setdefault(key, []).append(record)
     metadata = run_metadata(
         arguments.seed,
-        slides=digests,
+        **digests,
         settings=settings,
         units=evaluation.units,
         hub=evaluation.found.hub,

@@ -5,17 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from anndata import AnnData
+import torch
+from anndata import AnnData, read_h5ad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn.neighbors import KNeighborsRegressor
 
 from eval import report, run_region_reconstruction
-from eval.baselines.region import gene_mean, inverse_distance, nearest_mean, zeros
+from eval.baselines.region import gene_mean, inverse_distance, kriging, nearest_mean, zeros
 from eval.region_reconstruction import EvaluatedSlide, errors, reconstruct, square_regions
 from eval.run_region_reconstruction import Evaluation, main
-from modeling_stimg import STPatchProcessor
+from modeling_stimg import STImageMAEForPreTraining, STPatchProcessor
 
 SMALL = ["--mask_sizes", "2", "4", "--window_sizes", "8", "10", "--repetitions", "2", "--num_genes", "20"]
 SMALL += ["--num_views", "1"]
@@ -84,6 +85,21 @@ def test_nearest_mean_on_a_grid_takes_the_first_of_equals_and_blocks_change_noth
 
 
 # ---------------------------------------------------------------------------- errors and regions
+
+
+def test_kriging_of_a_large_slide_takes_the_spots_around_the_hole(monkeypatch: pytest.MonkeyPatch):
+    places = np.stack(np.divmod(np.arange(20 * 20), 20), axis=1).astype(float)
+    hole = (abs(places - 10) < 2).all(1)
+    visible, hidden = places[~hole], places[hole]
+    values = np.random.default_rng(0).poisson(1.0, (len(visible), 3)).astype(float)
+    whole = kriging(values, visible, hidden)
+    near = np.argsort(np.linalg.norm(visible[:, None] - hidden, axis=2).min(1), kind="stable")[:60]
+    monkeypatch.setattr("eval.baselines.region.NUM_KRIGED", 60)
+    found = kriging(values, visible, hidden)
+    np.testing.assert_allclose(found, kriging(values[np.sort(near)], visible[np.sort(near)], hidden))
+    assert not np.allclose(found, whole)
+    monkeypatch.setattr("eval.baselines.region.NUM_KRIGED", len(visible))
+    np.testing.assert_array_equal(kriging(values, visible, hidden), whole)
 
 
 def test_errors_equal_scipys():
@@ -205,6 +221,46 @@ def test_same_command_same_numbers_and_a_killed_run_goes_on(
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no results of this script"):
         evaluate(checkpoint, slide, tmp_path, *SMALL)
+
+
+def test_rows_of_slides_or_regions_that_changed_are_not_taken_over(
+    checkpoint: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Evaluation, "draw", lambda *_: None)
+    short = ["--num_genes", "20", "--untrained", "false", "--num_views", "1", "--repetitions", "1"]
+    squares = ["--mask_sizes", "2", "--window_sizes", "8"]
+    adata, path = read_h5ad(slide), tmp_path / "held_out.h5ad"
+    adata.write_h5ad(path)
+    evaluate(checkpoint, path, tmp_path / "out", *short, *squares)
+    evaluate(checkpoint, path, tmp_path / "out", *short, "--region", "hole")  # squares and regions side by side
+    moved, renamed, other = adata.copy(), adata.copy(), adata.copy()
+    moved.obs["array_col"] += 2 * (moved.obs["array_row"] > 7)
+    renamed.var_names = renamed.var_names[::-1]
+    other.obs["hole"] &= other.obs["array_row"] > 7
+    for changed, options in ((moved, squares), (renamed, squares), (other, ["--region", "hole"])):
+        changed.write_h5ad(path)
+        with pytest.raises(ValueError, match="made with other slides or regions called held_out"):
+            evaluate(checkpoint, path, tmp_path / "out", *short, *options)
+    assert len(evaluate(checkpoint, path, tmp_path / "out", *short, *squares)["records"]) == 14
+    # A slide that a later command leaves out is remembered all the same.
+    adata.write_h5ad(path)
+    adata.write_h5ad(tmp_path / "second.h5ad")
+    evaluate(checkpoint, tmp_path / "second.h5ad", tmp_path / "out", *short, *squares)
+    renamed.write_h5ad(path)
+    with pytest.raises(ValueError, match="made with other slides or regions called held_out"):
+        evaluate(checkpoint, path, tmp_path / "out", *short, *squares)
+
+
+def test_a_model_in_half_precision_is_evaluated(
+    checkpoint: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Evaluation, "draw", lambda *_: None)
+    model = STImageMAEForPreTraining.from_pretrained(checkpoint).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    STPatchProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "half")
+    options = ["--num_genes", "20", "--untrained", "false", "--num_views", "1", "--region", "hole"]
+    rows = evaluate(tmp_path / "half", slide, tmp_path / "out", *options)["records"]
+    assert all(np.isfinite(row["mse"]) for row in rows if row["predictor"].startswith("stimg"))
 
 
 def test_regions_of_any_form(checkpoint: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 
 from modeling_stimg.kriging_stimg import kriging_weights
 
 NUM_NEIGHBOURS = 16
 POWER = 2.0
+NUM_KRIGED = 5000
 # Distances that are held at once.
 DISTANCES_AT_ONCE = 1 << 23
 
@@ -67,8 +69,17 @@ def inverse_distance(values: np.ndarray, visible: np.ndarray, hidden: np.ndarray
 
 
 def kriging(values: np.ndarray, visible: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """Interpolation that chooses its smoothness itself, without a model; arguments as in `zeros`, in spot distances."""
+    """Interpolation that chooses its smoothness itself, without a model; arguments as in `zeros`, in spot distances.
+
+    Of more than `NUM_KRIGED` visible spots the nearest to hidden ones count: all spots of a Visium array fit, but the
+    covariances of a slide of larger ones would not fit into memory.
+    """
     values = np.asarray(values, np.float64)
+    if len(visible) > NUM_KRIGED:
+        distance, _ = cKDTree(hidden).query(visible)
+        # Rounded, so that of equally distant spots the first count.
+        nearest = np.sort(np.argsort(distance.round(6), kind="stable")[:NUM_KRIGED])
+        values, visible = values[nearest], visible[nearest]
     _, weights = kriging_weights([values], visible, hidden)
     mean = values.mean(axis=0)
     return mean + weights @ (values - mean)
