@@ -23,6 +23,7 @@ from eval.evaluation_sets import EvaluationSlide
 from eval.provenance import seen
 from modeling_stimg import SlideImage, STImageMAEModel, STPatchProcessor
 from modeling_stimg.embedding_stimg import embedding_options, neighbourhood_mean
+from modeling_stimg.genes_stimg import VAR_ID_COLUMNS, VAR_NAME_COLUMNS, SlideGenes
 
 RANDOM_START, SINGULAR_START = "untrained, random start", "untrained, singular start"
 GENE_TOKENS = "gene tokens"
@@ -214,6 +215,9 @@ def slide_key(slide: EvaluationSlide) -> str:
     adata = slide.adata
     counts = adata.X.tocsr() if hasattr(adata.X, "tocsr") else np.asarray(adata.X)
     digest = hashlib.sha256("\n".join(map(str, adata.var_names)).encode())
+    if {*VAR_ID_COLUMNS, *VAR_NAME_COLUMNS} & {*adata.var}:  # which genes are matched by, too
+        genes = SlideGenes.of(adata)
+        digest.update(json.dumps([genes.ids, genes.symbols]).encode())
     arrays = [counts] if isinstance(counts, np.ndarray) else [counts.indptr, counts.indices, counts.data]
     for array in (*arrays, adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy()):
         digest.update(f"{array.shape} {array.dtype}".encode())

@@ -232,6 +232,12 @@ def main(argv: list[str] | None = None) -> None:
         tokens = load_gene_token_embedders(arguments.gene_tokens, cache, arguments.device, arguments.seed)
         embedders = [*tokens, *embedders]
     methods: list[Method] = [*baseline_methods(arguments.seed), *embedder_methods(embedders, cache)]
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"Two rows would be called {repeated[0]!r}: give the model another name, --models name=folder."
+        )
     encoders = [e for e in embedders if isinstance(e, EncoderEmbedder)]
     metadata = metadata_of(arguments, dict(models), protocol, plans, encoders)
     for line in [line for plan in plans for line in plan.notes] + [

@@ -19,7 +19,7 @@ from eval import domain_scores
 from eval.baselines.gene_token import GeneTokenConfig, GeneTokenForPreTraining, nearest_spots_mean
 from eval.baselines.shuffled import shuffle_spots
 from eval.domain_scores import Protocol, plan_set
-from eval.embedders import EncoderEmbedder, cached, load_embedders, load_gene_token_embedders
+from eval.embedders import EncoderEmbedder, cached, load_embedders, load_gene_token_embedders, slide_key
 from eval.evaluation_sets import load_given_set
 from eval.features import BY_DEFAULT
 from eval.run_domain_detection import main
@@ -244,6 +244,16 @@ def test_embeddings_are_made_once_for_a_model_and_a_slide(folder: Path, checkpoi
     assert calls == ["a"]
 
 
+def test_genes_renamed_in_a_column_of_var_make_another_embedding(folder: Path, checkpoint: Path, tmp_path: Path):
+    (slide, _) = load_given_set(sorted(folder.glob("*.h5ad"))).slides.values()
+    names = slide.adata.var_names
+    keys = {slide_key(slide)}
+    for symbols in (names, names[::-1]):
+        slide.adata.var["gene_name"] = symbols.to_numpy()
+        keys.add(slide_key(slide))
+    assert len(keys) == 3
+
+
 # ---------------------------------------------------------------- models, and what they saw
 
 
@@ -349,3 +359,7 @@ def test_nothing_to_evaluate_and_models_of_one_name_are_refused(folder: Path, ch
         main(["--output_dir", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="every one a name of its own"):
         evaluate(checkpoint, folder, tmp_path / "out", "--models", f"stimg={checkpoint}")
+    for name in ("raw", f"stimg{BY_DEFAULT}"):
+        with pytest.raises(ValueError, match=f"Two rows would be called '{name}'"):
+            evaluate(checkpoint, folder, tmp_path / "out", "--models", f"{name}={checkpoint}")
+    assert not (tmp_path / "out").exists()
