@@ -22,6 +22,7 @@ from data_processing.splits import (
     transfer_splits,
     transfers,
 )
+from eval.baselines.expression import NUM_GENES
 from eval.clustering import CLUSTERINGS
 from eval.evaluation_sets import EvaluationSet, EvaluationSlide
 from eval.features import Method, smoothed
@@ -29,6 +30,7 @@ from eval.probes import NUM_NEIGHBOURS, PROBES, score
 from eval.resumable import ScoreLog, content_key
 from eval.scoring import cluster_scores
 from modeling_stimg import GeneVocabulary
+from modeling_stimg.genes_stimg import SlideGenes
 
 UNSUPERVISED = "no labels"
 SCORES_FORMAT = 1  # raised when a probe or a clustering gives other scores for the same features
@@ -112,8 +114,12 @@ def plan_set(evaluation_set: EvaluationSet, protocol: Protocol) -> Plan:
     """
     slides = evaluation_set.slides
     within = {name: _splits_within(slide, protocol) for name, slide in slides.items()}
-    same_spots = _same_spots(slides)
+    same_spots, unknown = _same_spots(slides)
     notes = [f"{a} and {b} share spots: they are one piece of evidence rather than two." for a, b in same_spots]
+    notes += [
+        f"{a} and {b} name their genes in different ways, by id and by symbol: whether they share spots is not known."
+        for a, b in unknown
+    ]
     across: list[AcrossSlides] = []
     if "slides" in protocol.splits:
         patients = {name: slide.patient for name, slide in slides.items()}
@@ -169,6 +175,12 @@ def _splits_across(
     """The splits of one transfer, none where it cannot be made, and what to say of it."""
     training = np.concatenate([slides[name].labels for name in transfer.training])
     test = slides[transfer.test].labels
+    measured = [slides[name].adata.var_names for name in (*transfer.training, transfer.test)]
+    num_shared = len(set.intersection(*(set(map(str, genes)) for genes in measured)))
+    if num_shared == 0:
+        trained_on = ", ".join(transfer.training)
+        reason = f"it and the slides to train on ({trained_on}) have no gene of one name in common"
+        return [], [f"{transfer.test}: no split across slides, because {reason}."]
     try:
         splits, dropped = transfer_splits(training, test, protocol.num_splits, protocol.max_train_spots, protocol.seed)
     except ValueError as error:
@@ -180,17 +192,26 @@ def _splits_across(
     ]
     left_out = f"; left out, sharing spots with it: {', '.join(transfer.left_out)}" if transfer.left_out else ""
     dropped_note = f"; dropped, because the other side lacks the class: {' and '.join(counts)}" if counts else ""
-    return [AcrossSlides(transfer, codes, splits, dropped)], [f"{start}{left_out}{dropped_note}."]
+    few = f"; all of them have only {num_shared} gene(s) in common" if num_shared < NUM_GENES else ""
+    return [AcrossSlides(transfer, codes, splits, dropped)], [f"{start}{left_out}{few}{dropped_note}."]
 
 
-def _same_spots(slides: dict[str, EvaluationSlide]) -> list[tuple[str, str]]:
-    """Pairs of slides that hold the same spots in part, told from their counts."""
-    if len(slides) < 2:
-        return []
-    vocabulary = GeneVocabulary.from_slides([slide.adata for slide in slides.values()])
-    prints = [fingerprint(slide.adata, vocabulary, name) for name, slide in slides.items()]
-    shares = {(a.name, b.name): similarity(a, b).spots for a, b in combinations(prints, 2)}
-    return [pair for pair, share in shares.items() if share is not None and share >= SAME_SPOTS]
+Pairs = list[tuple[str, str]]
+
+
+def _same_spots(slides: dict[str, EvaluationSlide]) -> tuple[Pairs, Pairs]:
+    """Pairs of slides that hold the same spots in part, told from their counts; and pairs that cannot be compared."""
+    # Without a gene table, slides that name genes by Ensembl id and by symbol have no common vocabulary.
+    kinds = {name: SlideGenes.of(slide.adata).by_id for name, slide in slides.items()}
+    same: Pairs = []
+    for by_id in (True, False):
+        alike = {name: slide.adata for name, slide in slides.items() if kinds[name] == by_id}
+        if len(alike) > 1:
+            vocabulary = GeneVocabulary.from_slides(alike.values())
+            prints = [fingerprint(adata, vocabulary, name) for name, adata in alike.items()]
+            shares = {(a.name, b.name): similarity(a, b).spots for a, b in combinations(prints, 2)}
+            same += [pair for pair, share in shares.items() if share is not None and share >= SAME_SPOTS]
+    return same, [(a, b) for a, b in combinations(slides, 2) if kinds[a] != kinds[b]]
 
 
 # ---------------------------------------------------------------- score

@@ -90,6 +90,11 @@ class SlideGenes:
         return len(self.ids)
 
     @property
+    def by_id(self) -> bool:
+        """Whether most genes have an Ensembl id."""
+        return bool(np.mean([gene != "" for gene in self.ids] or [0.0]) > 0.5)
+
+    @property
     def example(self) -> str:
         """One name, for messages."""
         return next((n for pair in zip(self.ids, self.symbols, strict=True) for n in pair if n), "no name")
@@ -240,7 +245,7 @@ class GeneVocabulary:
             for gene, name in _identities(genes, table):
                 if not names.get(gene):
                     names[gene] = name
-            kinds.setdefault(bool(np.mean([gene != "" for gene in genes.ids] or [0.0]) > 0.5), number)
+            kinds.setdefault(genes.by_id, number)
         if table is None and len(kinds) == 2:
             raise ValueError(
                 f"Slide {kinds[True]} names its genes by Ensembl id and slide {kinds[False]} by symbol: pass "

@@ -328,6 +328,35 @@ def test_sections_that_share_spots_do_not_train_each_other(tissue: PhantomTissue
     assert any("left out, sharing spots with it: second" in note for note in plan.notes)
 
 
+def test_slides_of_other_genes_stay_in_the_table_but_do_not_train_each_other(tissue: PhantomTissue, tmp_path: Path):
+    """No gene in common, or ids here and symbols there, is said before anything is computed, and ends nothing."""
+    size = {"array": "square", "height": 11, "width": 11, "median_counts": 400}
+    slides = {name: tissue.slide(seed, **size) for seed, name in enumerate("abcd")}
+    slides["b"] = slides["b"][:, 40:].copy()
+    slides["c"].var_names = [f"ENSG{number:011d}" for number in range(slides["c"].n_vars)]
+    slides["d"].var_names = slides["c"].var_names
+    slides["d"].obs["label"] = "other"
+    slides["d"].obs.loc[slides["d"].obs_names[::2], "label"] = "further"
+    patients = {"a": "1", "b": "2", "c": "1", "d": "1"}
+    for name, slide in slides.items():
+        slide.uns["meta"] = {"patient": patients[name]}
+        slide.write_h5ad(tmp_path / f"{name}.h5ad")
+    plan = plan_set(load_given_set(sorted(tmp_path.glob("*.h5ad"))), Protocol(num_splits=2))
+    assert [one.transfer.test for one in plan.across] == ["a"]
+    assert any(
+        note.startswith("a: trained on other patients, b; all of them have only 80 gene(s)") for note in plan.notes
+    )
+    assert (
+        "c: no split across slides, because it and the slides to train on (b) have no gene of one name in common."
+        in plan.notes
+    )
+    assert sum("name their genes in different ways" in note for note in plan.notes) == 4
+    options = ("--probes", "knn", "--clusterings", "none", "--smoothings", "0", *NO_FIGURES)
+    records = evaluate(None, tmp_path, tmp_path / "out", *options)["records"]
+    assert {record["slide"] for record in records if record["split"] == "blocks"} == set("abcd")
+    assert {record["slide"] for record in records if record["split"] == "slides"} == {"a"}
+
+
 # ---------------------------------------------------------------- bad input
 
 

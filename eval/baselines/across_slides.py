@@ -14,7 +14,7 @@ from anndata import AnnData
 from sklearn.decomposition import PCA
 from sklearn.utils.sparsefuncs import mean_variance_axis
 
-from eval.baselines.expression import NUM_PCA_GENES, log1p_cp10k
+from eval.baselines.expression import NUM_GENES, NUM_PCA_GENES, log1p_cp10k
 
 
 def shared_counts(slides: Sequence[AnnData]) -> list[sp.csr_matrix]:
@@ -40,7 +40,7 @@ def shared_counts(slides: Sequence[AnnData]) -> list[sp.csr_matrix]:
     return restricted
 
 
-def shared_expression(training: Sequence[AnnData], test: AnnData, num_genes: int = 512) -> list[np.ndarray]:
+def shared_expression(training: Sequence[AnnData], test: AnnData, num_genes: int = NUM_GENES) -> list[np.ndarray]:
     """log1p values of the shared genes that vary most over the spots of the training slides.
 
     Returns

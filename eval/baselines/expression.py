@@ -14,6 +14,7 @@ from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.sparsefuncs import mean_variance_axis
 
 TARGET_SUM = 1e4
+NUM_GENES = 512
 NUM_PCA_GENES = 2000
 
 
@@ -39,7 +40,7 @@ def log1p_cp10k(counts: sp.csr_matrix | sp.csr_array) -> sp.csr_matrix:
     return values.astype(np.float32)
 
 
-def raw_expression(counts: sp.csr_matrix | sp.csr_array, num_genes: int = 512) -> np.ndarray:
+def raw_expression(counts: sp.csr_matrix | sp.csr_array, num_genes: int = NUM_GENES) -> np.ndarray:
     """log1p values of the slide's most variable genes.
 
     Parameters
