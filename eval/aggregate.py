@@ -56,6 +56,11 @@ def distinct(records: Iterable[Record], key: str) -> list[Any]:
     return list(dict.fromkeys(record[key] for record in records))
 
 
+def num_slides(records: Iterable[Record]) -> int:
+    """How many slides there are; one that is in two sets counts in both."""
+    return len({(record["set"], record["slide"]) for record in records})
+
+
 def matching(records: Iterable[Record], **values: Any) -> list[Record]:
     """The records that have these values."""
     return [record for record in records if all(record.get(key) == value for key, value in values.items())]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_processing.writing import write_whole
-from eval.aggregate import Record, check_records, distinct, matching, set_mean, smoothing_name
+from eval.aggregate import Record, check_records, distinct, matching, num_slides, set_mean, smoothing_name
 from eval.clustering import k_means
 from eval.domain_scores import Plan
 from eval.features import Method, smoothed
@@ -121,9 +121,11 @@ def plot_maps_of_slide(maps: Mapping[str, Any], path: Path) -> None:
 def _name_on_tissue(ax: Any, positions: np.ndarray, here: np.ndarray, name: str) -> None:
     """Write a domain's name at the spot of it that has most of it around."""
     from matplotlib.patheffects import withStroke
+    from scipy.spatial import cKDTree
 
     own = positions[here]
-    crowd = (np.abs(own[:, None] - own[None]).max(-1) < 6).sum(1)
+    nearest = cKDTree(own)  # not all distances at once: a class may have a hundred thousand spots
+    crowd = nearest.query_ball_point(own, np.nextafter(6, 0), p=np.inf, return_length=True)
     x, y = own[int(crowd.argmax())]
     outline = [withStroke(linewidth=2, foreground="white")]
     ax.text(x, y, name, ha="center", va="center", fontsize=6, path_effects=outline)
@@ -166,8 +168,10 @@ def plot_bars(records: Sequence[Record], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(probes))
     panels[0].invert_yaxis()  # the first row on top, as in the table
-    num_slides, num_sets = (len(distinct(records, key)) for key in ("slide", "set"))
-    figure.suptitle(f"Features as they are: mean over {num_sets} set(s), {num_slides} slide(s)", fontsize=9)
+    radius = records[0]["smoothing"]
+    drawn = "Features as they are" if radius == 0 else f"Features after a {smoothing_name(radius)} mean"
+    about = f"{len(distinct(records, 'set'))} set(s), {num_slides(records)} slide(s)"
+    figure.suptitle(f"{drawn}: mean over {about}", fontsize=9)
     save_figure(figure, path)
 
 

@@ -19,6 +19,7 @@ from eval.aggregate import (
     check_records,
     distinct,
     matching,
+    num_slides,
     set_mean,
     slide_mean,
     smoothing_name,
@@ -26,9 +27,10 @@ from eval.aggregate import (
 from eval.results import markdown_table
 
 PROBE_TITLES = {"knn": "k-NN", "linear": "linear", "mlp": "MLP", "leiden": "Leiden"}
+TRAIN_SHARE = 0.2  # of results that do not tell theirs
 SPLIT_TITLES = {
-    "spots": "trained on 20 % of a slide's spots at random",
-    "blocks": "trained on 20 % of a slide's tiles",
+    "spots": "trained on {share} of a slide's spots at random",
+    "blocks": "trained on {share} of a slide's tiles",
     "slides": "trained on other slides",
     "no labels": "found without labels, as many clusters as domains",
 }
@@ -42,24 +44,27 @@ def results_table(records: Sequence[Record], metadata: Mapping[str, Any] | None 
     how many.
 
     Args:
-        records: see `eval/aggregate.py`. metadata: of the results; its notes on slides are printed.
+        records: see `eval/aggregate.py`. metadata: of the results; its notes on slides are printed, and
+            the share of spots that trained.
     """
     check_records(records)
+    metadata = metadata or {}
+    share = metadata.get("protocol", {}).get("train_share", TRAIN_SHARE)
     sets = distinct(records, "set")
-    about = f"{len(sets)} set(s), {len(distinct(records, 'slide'))} slide(s)"
+    about = f"{len(sets)} set(s), {num_slides(records)} slide(s)"
     lines = [
         "# Domain detection",
         "",
         f"Accuracy / adjusted Rand index; without labels the index alone. {about}; "
         "columns: the neighbourhood mean, in sites, that all features are given.",
         "",
-        *_by_smoothing(records, set_mean, "mean over sets" if len(sets) > 1 else f"set {sets[0]}"),
+        *_by_smoothing(records, set_mean, "mean over sets" if len(sets) > 1 else f"set {sets[0]}", share),
     ]
     if len(sets) > 1:
         lines += _paper_layout(records, sets)
         for name in sets:
-            lines += _by_smoothing(matching(records, set=name), slide_mean, f"set {name}")
-    notes = _notes(metadata or {})
+            lines += _by_smoothing(matching(records, set=name), slide_mean, f"set {name}", share)
+    notes = _notes(metadata)
     return "\n".join([*lines, *(["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else [])])
 
 
@@ -123,14 +128,14 @@ def _title(split: str, probe: str) -> str:
     return f"{split}, {PROBE_TITLES.get(probe, probe)}"
 
 
-def _by_smoothing(records: Sequence[Record], mean_of: MeanOf, title: str) -> list[str]:
-    num_slides = {split: len(distinct(matching(records, split=split), "slide")) for split in distinct(records, "split")}
+def _by_smoothing(records: Sequence[Record], mean_of: MeanOf, title: str, share: float) -> list[str]:
+    counts = {split: num_slides(matching(records, split=split)) for split in distinct(records, "split")}
     lines = [f"## {title[0].upper()}{title[1:]}", ""]
     for split, probe in _tables(records):
         cells = matching(records, split=split, probe=probe)
-        about = f"{SPLIT_TITLES.get(split, split)}; {num_slides[split]} slide(s)"
+        about = f"{SPLIT_TITLES.get(split, split).format(share=f'{100 * share:g} %')}; {counts[split]} slide(s)"
         lines += [f"### {_title(split, probe)}", "", f"{about[0].upper()}{about[1:]}.", ""]
-        lines += [*_rows(cells, lambda found, n=num_slides[split]: _mean_cell(found, mean_of, n)), ""]
+        lines += [*_rows(cells, lambda found, n=counts[split]: _mean_cell(found, mean_of, n)), ""]
     return lines
 
 
@@ -152,7 +157,7 @@ def _paper_layout(records: Sequence[Record], sets: Sequence[str]) -> list[str]:
     as_they_are = matching(records, smoothing=0)
     for split, probe in _tables(as_they_are):
         cells = matching(as_they_are, split=split, probe=probe)
-        counts = {name: len(distinct(matching(records, set=name, split=split), "slide")) for name in sets}
+        counts = {name: num_slides(matching(records, set=name, split=split)) for name in sets}
         rows = []
         for name in distinct(cells, "features"):
             found = matching(cells, features=name)

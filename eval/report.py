@@ -40,6 +40,22 @@ class Results:
     metadata: list[Mapping[str, Any]] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
 
+    def check_settings(self, settings: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+        """Raise ValueError where two files were made in different ways; what one of them does not tell is passed over.
+
+        Args:
+            settings: what decides the numbers, by name, from a file's metadata.
+        """
+        known: dict[str, tuple[Any, Path]] = {}
+        for folder, metadata in zip(self.folders, self.metadata, strict=True):
+            for name, value in settings(metadata).items():
+                first, there = known.setdefault(name, (value, folder))
+                if first != value:
+                    raise ValueError(
+                        f"The results of {folder} were made with another {name} than those of {there}: a mean of both "
+                        "would be of neither, so make a report of each."
+                    )
+
     def of_all(self, key: str) -> Any:
         """What all files tell under a key.
 
@@ -59,14 +75,15 @@ class Kind:
 
     Attributes:
         script: that wrote it. place: keys that every record has, and that tell one cell from another. told: keys of the
-            metadata that the report needs. alike: those of them that have to be the same in all files. write: makes its
-            part of `report.md`, and files beside it.
+            metadata that the report needs. alike: those of them that have to be the same in all files. settings: what
+            else has to be, see `Results.check_settings`. write: makes its part of `report.md`, and files beside it.
     """
 
     script: str
     place: tuple[str, ...]
     told: tuple[str, ...]
     alike: tuple[str, ...]
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]]
     write: Callable[[Results, Path], str]
 
 
@@ -77,12 +94,14 @@ def write_report(paths: Sequence[Path], output: Path) -> str:
         The text of `report.md`.
 
     Raises:
-        ValueError: a file that holds no results of a known kind, or two with different numbers for one cell.
+        ValueError: a file that holds no results of a known kind, or two with different numbers for one cell, or made
+            in different ways.
     """
     found = merged(paths)
     for name, results in found.items():
         for key in KINDS[name].alike:
             results.of_all(key)
+        results.check_settings(KINDS[name].settings)
     output.mkdir(parents=True, exist_ok=True)
     text = "\n".join(KINDS[name].write(results, output) for name, results in found.items())
     write_whole(output / "report.md", text.encode())
@@ -142,6 +161,9 @@ def _write_domains(results: Results, output: Path) -> str:
     for told in results.metadata:
         for key in metadata:
             metadata[key] |= told.get(key, {})
+    metadata["protocol"] = {}  # the same in all files that hold splits of theirs
+    for told in results.metadata:
+        metadata["protocol"] |= _domain_settings(told)
     write_whole(output / "slides.md", slides_table(results.records).encode())
     write_whole(output / "report.csv", csv_table(results.records).encode())
     plot_bars(results.records, output / "ari.png")
@@ -172,13 +194,48 @@ def _write_ablation(results: Results, output: Path) -> str:
     return "# Ablation\n\n" + ablation_table(results.records, planned, base_key)
 
 
+def _domain_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the splits and probes that a file holds, and which model stands behind a row's name."""
+    protocol = metadata.get("protocol", {})
+    needed = {
+        "num_splits": ("spots", "blocks", "slides"),
+        "train_share": ("spots", "blocks"),
+        "tile_side": ("blocks",),
+        "max_train_spots": ("slides",),
+        "mlp_epochs": ("mlp",),
+    }
+    held = {*protocol.get("splits", ()), *protocol.get("probes", ())}
+    settings = {name: protocol[name] for name, of in needed.items() if name in protocol and held & {*of}}
+    return settings | {f"model called {name!r}": told for name, told in metadata.get("models", {}).items()}
+
+
+def _region_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for and how it is read, and which model stands behind a row's name."""
+    settings = metadata.get("settings", {})
+    named = {f"model called {name!r}": weights for name, weights in settings.get("weights", {}).items()}
+    names = ("repetitions", "num_genes", "model_window", "reading", "processor")
+    return {name: settings[name] for name in names if name in settings} | named
+
+
 DOMAINS = "domains"
 KINDS = {
-    DOMAINS: Kind("eval/run_domain_detection.py", aggregate.PLACE, (), (), _write_domains),
+    DOMAINS: Kind("eval/run_domain_detection.py", aggregate.PLACE, (), (), _domain_settings, _write_domains),
     "regions": Kind(
-        "eval/run_region_reconstruction.py", region_report.PLACE, ("units", "skipped"), ("units",), _write_regions
+        "eval/run_region_reconstruction.py",
+        region_report.PLACE,
+        ("units", "skipped"),
+        ("units",),
+        _region_settings,
+        _write_regions,
     ),
-    "ablation": Kind("eval/run_ablation.py", ("factor", "variant"), ("base_key",), ("base_key",), _write_ablation),
+    "ablation": Kind(
+        "eval/run_ablation.py",
+        ("factor", "variant"),
+        ("base_key",),
+        ("base_key",),
+        lambda metadata: {},
+        _write_ablation,
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eval import results
-from eval.domain_figures import MAPS_FILE, plot_bars, plot_maps_of_slide, plot_smoothing
+from eval.domain_figures import MAPS_FILE, _name_on_tissue, plot_bars, plot_maps_of_slide, plot_smoothing
 from eval.domain_report import csv_table, results_table, slides_table
 from eval.report import main, merged
 from eval.results import run_metadata, write_results
@@ -188,6 +188,49 @@ def test_results_in_other_units_are_not_averaged(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+def test_results_of_other_settings_make_no_report_together(records, tmp_path):
+    """Sets that were scored in other ways share no cell that could contradict; their mean means nothing."""
+    output = tmp_path / "report"
+
+    def report(first: dict, second: dict) -> None:
+        for name, told, set_name in (("a", first, "her2"), ("b", second, "heart")):
+            _write([r for r in records if r["set"] == set_name], told, tmp_path / name)
+        main([*(str(tmp_path / name / "results.json") for name in "ab"), "--output_dir", str(output)])
+
+    protocol = {"splits": ["spots"], "probes": ["knn"], "num_splits": 10, "train_share": 0.4, "tile_side": 6}
+    for setting in ({"num_splits": 2}, {"train_share": 0.5}):
+        with pytest.raises(ValueError, match=f"/b were made with another {next(iter(setting))} than those of .*/a"):
+            report({"protocol": protocol}, {"protocol": protocol | setting})
+    with pytest.raises(ValueError, match=r"/b were made with another model called 'stimg' than those of .*/a"):
+        report({"models": {"stimg": {"slides": ["x"]}}}, {"models": {"stimg": {"slides": ["y"]}}})
+    assert not output.exists()
+    report({"protocol": protocol}, {"protocol": protocol | {"tile_side": 3}})  # no tiles in either
+    assert "Trained on 40 % of a slide's spots" in (output / "report.md").read_text(encoding="utf-8")
+
+
+def test_regions_of_other_models_or_settings_are_not_averaged(tmp_path):
+    told = {"units": "u", "skipped": [], "settings": {"num_genes": 512, "weights": {"stimg": "abc"}}}
+    others = {"num_genes": {"num_genes": 20}, "model called 'stimg'": {"weights": {"stimg": "def"}}}
+    for name, changed in others.items():
+        _write([_region("a", 8, "stimg", 0.5)], told, tmp_path / "a")
+        _write([_region("b", 8, "stimg", 0.7)], told | {"settings": told["settings"] | changed}, tmp_path / "b")
+        with pytest.raises(ValueError, match=f"/b were made with another {name} than those of"):
+            main([*(str(tmp_path / n / "results.json") for n in "ab"), "--output_dir", str(tmp_path / "report")])
+
+
+def test_the_table_tells_the_share_that_trained(records):
+    text = results_table(records, {"protocol": {"train_share": 0.35}})
+    assert "Trained on 35 % of a slide's spots at random; 3 slide(s)." in text
+    assert "20 %" not in text
+
+
+def test_a_slide_in_two_sets_counts_in_both(records):
+    again = _record("B1", "raw", "knn", 0.5, 0.2, set_name="slides")
+    assert "| raw | 0.667 / 0.433 |" in results_table([*records, again])
+    assert " of 1)" not in results_table([records[0], again])
+    assert "2 slide(s)" in results_table([records[0], again])
+
+
 def test_report_files_hold_records_and_metadata(records, tmp_path):
     write_results(tmp_path / "new" / "folder", records, {"seed": np.int64(3), "shape": np.arange(2)}, "table")
     folder = tmp_path / "new" / "folder"
@@ -303,6 +346,9 @@ def test_bars_show_every_row_with_its_value(records, tmp_path, drawn):
     assert spots.get_xlabel() == no_labels.get_xlabel() == "adjusted Rand index"
     fills = [(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in (*spots.containers, *no_labels.containers)]
     assert len(set(fills)) == len({hatch for _, hatch in fills}) == 3  # told apart without colours, too
+    assert drawn[0].get_suptitle() == "Features as they are: mean over 2 set(s), 3 slide(s)"
+    plot_bars([record for record in records if record["smoothing"] == 1], tmp_path / "ari.png")
+    assert drawn[1].get_suptitle() == "Features after a 3x3 mean: mean over 1 set(s), 2 slide(s)"
 
 
 def test_curves_over_smoothing_are_named_and_marked(records, tmp_path, drawn):
@@ -332,3 +378,16 @@ def test_maps_give_each_domain_one_colour_and_name_it(tmp_path: Path, drawn):
     assert [text.get_text() for text in figure.axes[0].texts] == classes
     for collections in zip(*(ax.collections for ax in figure.axes), strict=True):
         assert len({tuple(c.get_facecolor()[0]) for c in collections}) == 1
+
+
+def test_a_domains_name_stands_in_its_thickest_part_however_many_spots_it_has():
+    from modeling_stimg.plotting import new_figure
+
+    rng = np.random.default_rng(0)
+    positions = rng.integers(0, 60, (400, 2)).astype(float)
+    ax = new_figure(1, 1).subplots()
+    _name_on_tissue(ax, positions, np.ones(400, dtype=bool), "here")
+    crowd = (np.abs(positions[:, None] - positions).max(-1) < 6).sum(1)
+    assert ax.texts[0].get_position() == tuple(positions[crowd.argmax()])
+    many = rng.random((60_000, 2)) * 3_000  # a matrix of their distances would take 58 GB
+    _name_on_tissue(ax, many, np.ones(60_000, dtype=bool), "there")
