@@ -34,7 +34,7 @@ from data_processing.splits import encode_labels, slide_labels, spot_splits
 from eval.baselines.expression import neighbourhood_mean
 from eval.baselines.shuffled import shuffle_spots
 from eval.baselines.variants import Variant, make_variant
-from eval.probes import PROBES, score
+from eval.probes import PROBES, check_neighbours, score
 from eval.provenance import seen
 from modeling_stimg import STImageMAEModel, STPatchProcessor
 from modeling_stimg.compaction_stimg import compact
@@ -87,7 +87,8 @@ class LabelledSlide:
         """
         try:
             labels, _ = encode_labels(slide_labels(adata, evaluation.label_key, evaluation.unlabelled))
-            spot_splits(labels, evaluation.num_splits, evaluation.train_share, evaluation.seed)
+            splits = spot_splits(labels, evaluation.num_splits, evaluation.train_share, evaluation.seed)
+            check_neighbours(len(splits[0][0]), evaluation.probes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         rows, cols = compact(adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy(), "lattice")

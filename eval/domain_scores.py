@@ -26,7 +26,7 @@ from eval.baselines.expression import NUM_GENES
 from eval.clustering import CLUSTERINGS
 from eval.evaluation_sets import EvaluationSet, EvaluationSlide
 from eval.features import Method, smoothed
-from eval.probes import NUM_NEIGHBOURS, PROBES, score
+from eval.probes import PROBES, check_neighbours, score
 from eval.resumable import ScoreLog, content_key
 from eval.scoring import cluster_scores
 from modeling_stimg import GeneVocabulary
@@ -156,12 +156,7 @@ def _splits_within(slide: EvaluationSlide, protocol: Protocol) -> dict[str, list
     try:
         if "spots" in protocol.splits:
             splits["spots"] = spot_splits(slide.codes, *common)
-            num_train = len(splits["spots"][0][0])
-            if "knn" in protocol.probes and num_train < NUM_NEIGHBOURS:
-                raise ValueError(
-                    f"{num_train} spots train, fewer than the k-NN probe's {NUM_NEIGHBOURS} neighbours: raise "
-                    "train_share, or leave the slide or the probe out"
-                )
+            check_neighbours(len(splits["spots"][0][0]), protocol.probes)
         if "blocks" in protocol.splits:
             splits["blocks"] = block_splits(slide.codes, slide.rows, slide.cols, *common, side=protocol.tile_side)
     except ValueError as error:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from eval.linear_probe import logistic_regression
 from eval.scoring import score
 from eval.threads import in_threads
 
-__all__ = ["PROBES", "Probe", "knn_probe", "linear_probe", "mlp_probe", "score"]
+__all__ = ["PROBES", "Probe", "check_neighbours", "knn_probe", "linear_probe", "mlp_probe", "score"]
 
 NUM_NEIGHBOURS = 10
 BLOCK = 1024  # test spots at a time, whose distances to all training spots are in memory
@@ -113,6 +113,15 @@ def mlp_probe(
 
 Probe = Callable[[np.ndarray, np.ndarray, Sequence[Split], int], list[np.ndarray]]
 PROBES: dict[str, Probe] = {"knn": knn_probe, "linear": linear_probe, "mlp": mlp_probe}
+
+
+def check_neighbours(num_train: int, probes: Collection[str]) -> None:
+    """ValueError where fewer spots train than the k-NN probe, if it is among the probes, has neighbours."""
+    if "knn" in probes and num_train < NUM_NEIGHBOURS:
+        raise ValueError(
+            f"{num_train} spots train, fewer than the k-NN probe's {NUM_NEIGHBOURS} neighbours: raise train_share, or "
+            "leave the slide or the probe out"
+        )
 
 
 def _checked(features: np.ndarray, labels: np.ndarray, splits: Sequence[Split]) -> tuple[np.ndarray, np.ndarray]:

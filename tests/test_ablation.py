@@ -351,6 +351,8 @@ def test_bad_arguments_are_told_in_one_sentence(grid: Path, tmp_path: Path, slid
         run(grid, tmp_path / "out", "--grid", str(tmp_path / "nowhere.yaml"))
     with pytest.raises(ValueError, match="held_out: obs has no column 'layer'"):
         run(grid, tmp_path / "out", "--label_key", "layer")
+    with pytest.raises(ValueError, match="held_out: 6 spots train, fewer than the k-NN probe's 10 neighbours"):
+        run(grid, tmp_path / "out", "--train_share", "0.05")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text('{"metadata": {}, "records": []}')
