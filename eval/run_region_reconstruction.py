@@ -418,10 +418,10 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             done[row.key] = found
         write(output, done, metadata)
-    if not done:
+    drawn = [row for row in rows if row.key in done]
+    if not drawn:
         raise ValueError(f"No slide of {list(slides)} has room for these sizes: give smaller window_sizes.")
     records, text = write(output, done, metadata)
-    drawn = [row for row in rows if row.key in done]
     maps = evaluation.draw(drawn[len(drawn) // 2])
     write_whole(output / GENE_MAPS_FILE, (json.dumps(maps) + "\n").encode())
     plot_gene_maps(maps, output / "maps.png")

@@ -226,7 +226,7 @@ def test_same_command_same_numbers_and_a_killed_run_goes_on(
 def test_rows_of_slides_or_regions_that_changed_are_not_taken_over(
     checkpoint: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(Evaluation, "draw", lambda *_: None)
+    monkeypatch.setattr(run_region_reconstruction, "plot_gene_maps", lambda *_: None)
     short = ["--num_genes", "20", "--untrained", "false", "--num_views", "1", "--repetitions", "1"]
     squares = ["--mask_sizes", "2", "--window_sizes", "8"]
     adata, path = read_h5ad(slide), tmp_path / "held_out.h5ad"
@@ -242,6 +242,8 @@ def test_rows_of_slides_or_regions_that_changed_are_not_taken_over(
         with pytest.raises(ValueError, match="made with other slides or regions called held_out"):
             evaluate(checkpoint, path, tmp_path / "out", *short, *options)
     assert len(evaluate(checkpoint, path, tmp_path / "out", *short, *squares)["records"]) == 14
+    with pytest.raises(ValueError, match="has room for these sizes"):  # though there are rows of others
+        evaluate(checkpoint, path, tmp_path / "out", *short, "--window_sizes", "90")
     # A slide that a later command leaves out is remembered all the same.
     adata.write_h5ad(path)
     adata.write_h5ad(tmp_path / "second.h5ad")
@@ -254,7 +256,7 @@ def test_rows_of_slides_or_regions_that_changed_are_not_taken_over(
 def test_a_model_in_half_precision_is_evaluated(
     checkpoint: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(Evaluation, "draw", lambda *_: None)
+    monkeypatch.setattr(run_region_reconstruction, "plot_gene_maps", lambda *_: None)
     model = STImageMAEForPreTraining.from_pretrained(checkpoint).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
     STPatchProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "half")
