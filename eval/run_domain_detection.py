@@ -103,6 +103,9 @@ class DomainDetectionArguments:
     mlp_smoothings: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Those of the radii for which the MLP probe is trained, too."}
     )
+    rows: list[str] = field(
+        default_factory=list, metadata={"help": "Only these rows of the table, by name; default: all that there are."}
+    )
     readout: str | None = field(default=None, metadata={"help": "spot, context or both; default: the model's."})
     figures: bool = field(default=True, metadata={"help": "Whether to draw figures beside the tables."})
     device: str | None = field(default=None, metadata={"help": "Where to run the encoders, e.g. cuda."})
@@ -182,6 +185,24 @@ def check_choices(arguments: DomainDetectionArguments) -> Protocol:
     )
 
 
+def wanted_rows(methods: list[Method], names: list[str]) -> list[Method]:
+    """The rows of these names, in the table's order; all of them where there are no names.
+
+    Raises:
+        ValueError: two rows of one name, or a name that no row has.
+    """
+    there = [method.name for method in methods]
+    repeated = sorted({name for name in there if there.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"Two rows would be called {repeated[0]!r}: give the model another name, --models name=folder."
+        )
+    unknown = sorted(set(names) - set(there))
+    if unknown:
+        raise ValueError(f"There are no rows {unknown}: expected any of {there}.")
+    return [method for method in methods if not names or method.name in names]
+
+
 def metadata_of(
     arguments: DomainDetectionArguments,
     found: Mapping[str, FoundModel],
@@ -232,12 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         tokens = load_gene_token_embedders(arguments.gene_tokens, cache, arguments.device, arguments.seed)
         embedders = [*tokens, *embedders]
     methods: list[Method] = [*baseline_methods(arguments.seed), *embedder_methods(embedders, cache)]
-    names = [method.name for method in methods]
-    if len(set(names)) < len(names):
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(
-            f"Two rows would be called {repeated[0]!r}: give the model another name, --models name=folder."
-        )
+    methods = wanted_rows(methods, arguments.rows)
     encoders = [e for e in embedders if isinstance(e, EncoderEmbedder)]
     metadata = metadata_of(arguments, dict(models), protocol, plans, encoders)
     for line in [line for plan in plans for line in plan.notes] + [

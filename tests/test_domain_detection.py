@@ -383,6 +383,15 @@ def test_bad_input_is_said_in_one_sentence(folder: Path, tmp_path: Path, options
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_by_name(results: dict, folder: Path, tmp_path: Path):
+    options = ("--probes", "knn", "--splits", "spots", "--clusterings", "none", *NO_FIGURES)
+    found = evaluate(None, folder, tmp_path / "out", *options, "--rows", "coordinates only", "raw")["records"]
+    assert list(dict.fromkeys(record["features"] for record in found)) == ["raw", "coordinates only"]
+    assert [record for record in found if record not in results["records"]] == []
+    with pytest.raises(ValueError, match=r"no rows \['rew'\]: expected any of \['raw', 'PCA', 'coordinates only'"):
+        evaluate(None, folder, tmp_path / "out", *options, "--rows", "rew")
+
+
 def test_nothing_to_evaluate_and_models_of_one_name_are_refused(folder: Path, checkpoint: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="give --sets or --slides"):
         main(["--output_dir", str(tmp_path / "out")])
