@@ -80,12 +80,15 @@ def baseline_methods(seed: int = 0) -> list[Method]:
 
 
 def embedder_methods(embedders: Sequence[Embedder], cache: Path) -> list[Method]:
-    """A row of every embedder, and of a trained encoder one more: what `embed_slide` writes when not told otherwise."""
+    """A row of every embedder, and of a trained encoder one more: what `embed_slide` writes when not told otherwise.
+
+    A model that takes no neighbourhood mean by default writes just what stands in its first row.
+    """
     methods = []
     for embedder in embedders:
         embed = cached(embedder, cache)
         methods.append(Method(embedder.name, embed, seen=embedder.seen))
-        if isinstance(embedder, EncoderEmbedder) and embedder.has_default:
+        if isinstance(embedder, EncoderEmbedder) and embedder.has_default and embedder.options["smoothing"]:
             by_default = partial(_by_default, embedder, embed)
             methods.append(Method(embedder.name + BY_DEFAULT, by_default, smoothed=False, seen=embedder.seen))
     return methods

@@ -21,7 +21,7 @@ from eval.baselines.shuffled import shuffle_spots
 from eval.domain_scores import Protocol, plan_set
 from eval.embedders import EncoderEmbedder, cached, load_embedders, load_gene_token_embedders, slide_key
 from eval.evaluation_sets import load_given_set
-from eval.features import BY_DEFAULT
+from eval.features import BY_DEFAULT, embedder_methods
 from eval.run_domain_detection import main
 from modeling_stimg import STImageMAEModel, STPatchProcessor, embed_slide, read_slide
 
@@ -30,6 +30,15 @@ BASELINES = ["raw", "PCA", "coordinates only", "raw, counts shuffled"]
 MODELS = ["untrained, random start", "stimg", f"stimg{BY_DEFAULT}"]
 NO_FIGURES = ("--figures", "false")
 QUICK = ("--num_splits", "2", "--mlp_epochs", "2", "--smoothings", "0", "1", "--tile_side", "3")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of all tests, with a neighbourhood mean by default."""
+    copy = shutil.copytree(checkpoint, tmp_path_factory.mktemp("checkpoint") / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"embedding_defaults": {"smoothing": 2}}))
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +188,13 @@ def test_the_default_row_is_what_embed_slide_writes(folder: Path, checkpoint: Pa
         written = embedder.smoothed_by_default(slide, plain)
         np.testing.assert_allclose(written, adata.obsm["X_stimg"], rtol=1e-5, atol=1e-6)
         assert not np.allclose(written, plain)
+
+
+def test_a_default_without_a_mean_is_no_row_of_its_own(checkpoint: Path, tmp_path: Path):
+    (embedder,) = (e for e in load_embedders([("stimg", str(checkpoint))]) if e.name == "stimg")
+    assert [method.name for method in embedder_methods([embedder], tmp_path)] == ["stimg", f"stimg{BY_DEFAULT}"]
+    embedder.model.config.embedding_defaults = {"smoothing": 0}
+    assert [method.name for method in embedder_methods([embedder], tmp_path)] == ["stimg"]
 
 
 # ---------------------------------------------------------------- again, and on
