@@ -14,7 +14,7 @@ that is in `results.json` already is not computed again, so an interrupted run g
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -377,6 +377,15 @@ def finished_records(output: Path, settings: dict[str, Any], digests: Digests) -
     return records, {kind: digests_known[kind] | of_slides for kind, of_slides in digests.items()}
 
 
+def not_measured(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """A sentence about every slide that has no room for some squares."""
+    return [
+        f"{slide}: no window of which half of the sites hold a spot, with {len(of_slide)} pair(s) of sizes: "
+        f"{', '.join(f'{row.mask_size} in {row.window_size}' for row in of_slide)}."
+        for slide, of_slide in rows.items()
+    ]
+
+
 def write(
     output: Path, done: dict[tuple[Any, ...], list[dict[str, Any]]], metadata: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], str]:
@@ -408,19 +417,21 @@ def main(argv: list[str] | None = None) -> None:
         hub=evaluation.found.hub,
         corpus=None if evaluation.corpus is None else [record.name for record in evaluation.corpus],
         pretraining=evaluation.pretraining,
-        skipped=(skipped := []),
     )
+    impossible: dict[str, list[Row]] = {}
     for row in tqdm(rows, desc="regions"):
         if row.key not in done:
             found = list(evaluation.records(row))
             if not found:
-                skipped.append(f"{row.slide}, {row.sizes()}: no window of which half of the sites hold a spot.")
+                impossible.setdefault(row.slide, []).append(row)
                 continue
             done[row.key] = found
+        metadata["skipped"] = not_measured(impossible)
         write(output, done, metadata)
     drawn = [row for row in rows if row.key in done]
     if not drawn:
         raise ValueError(f"No slide of {list(slides)} has room for these sizes: give smaller window_sizes.")
+    metadata["skipped"] = not_measured(impossible)
     records, text = write(output, done, metadata)
     maps = evaluation.draw(drawn[len(drawn) // 2])
     write_whole(output / GENE_MAPS_FILE, (json.dumps(maps) + "\n").encode())

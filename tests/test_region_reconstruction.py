@@ -182,6 +182,15 @@ def test_every_row_is_there_and_told(results: dict, slide: Path):
         assert (slide.parent / "report" / figure).read_bytes().startswith(b"\x89PNG")
 
 
+def test_sizes_that_a_slide_has_no_room_for_are_told_in_one_sentence(checkpoint: Path, slide: Path, tmp_path: Path):
+    sizes = ["--mask_sizes", "2", "3", "--window_sizes", "8", "90", "--repetitions", "1", "--num_genes", "5"]
+    found = evaluate(checkpoint, slide, tmp_path, *sizes, "--untrained", "false")
+    assert {record["window_size"] for record in found["records"]} == {8}
+    told = "held_out: no window of which half of the sites hold a spot, with 2 pair(s) of sizes: 2 in 90, 3 in 90."
+    assert found["metadata"]["skipped"] == [told]
+    assert f"- {told}" in (tmp_path / "table.md").read_text()
+
+
 def test_its_results_make_a_report(results: dict, slide: Path, tmp_path: Path):
     report.main([str(slide.parent / "report" / "results.json"), "--output_dir", str(tmp_path)])
     assert (slide.parent / "report" / "table.md").read_text() in (tmp_path / "report.md").read_text()
