@@ -7,7 +7,7 @@ SciPy or Matplotlib is imported when it is first used (PEP 562).
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_stimg import STImageMAEConfig
@@ -36,9 +36,12 @@ AutoModel.register(STImageMAEConfig, STImageMAEModel)
 AutoModelForPreTraining.register(STImageMAEConfig, STImageMAEForPreTraining)
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=STFeatureExtractionPipeline, pt_model=AutoModel)
 try:
+    # From its own module: of `transformers` itself, 5.17 gives out a stand-in that asks for torchvision, because the
+    # word TorchvisionBackend stands in that file. AutoProcessor goes by what is registered here in every version.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
     AutoImageProcessor.register(STImageMAEConfig, image_processor_classes={"pil": STPatchProcessor})
-except ImportError as error:
-    # AutoImageProcessor needs Pillow, in some versions torchvision; AutoProcessor loads the processor all the same.
+except ImportError as error:  # no Pillow
     from transformers.utils import logging
 
     logging.get_logger(__name__).info(f"AutoImageProcessor is not to be had: {error}")

@@ -20,8 +20,16 @@ if package == "with":
     import modeling_stimg
 else:
     sys.modules["modeling_stimg"] = None  # importing it raises, as where it is not installed
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, AutoProcessor
 import anndata
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor
+from transformers.utils import is_torchvision_available
+
+if transformers.__version__.startswith("5.17.") and not is_torchvision_available():
+    # What this version calls AutoImageProcessor only says that torchvision is missing.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+else:
+    from transformers import AutoImageProcessor
 
 trust = {} if package == "with" else {"trust_remote_code": True}
 config = AutoConfig.from_pretrained(folder, **trust)
