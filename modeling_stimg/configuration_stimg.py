@@ -77,6 +77,18 @@ class STImageMAEConfig(PreTrainedConfig):
     position_embedding_type: str = "window"
     embedding_defaults: dict[str, Any] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config of its fields.
+
+        Raises:
+            ValueError: they are of another model type, which transformers only warns of.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(f"The config is of a model of type {found!r}: expected {cls.model_type!r}.")
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
         # It names the pipeline's file in a repository, which transformers would load, and ask trust for, even where
         # the package has registered its own.

@@ -274,6 +274,18 @@ class STImageMAEPreTrainedModel(PreTrainedModel):
         if isinstance(module, STImageMAEEmbeddings):
             init.normal_(module.mask_token, std=self.config.initializer_range)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model from a folder or a Hub repository, as transformers does, but from safetensors alone.
+
+        Raises:
+            OSError: no such file: other forms of weights are pickles, which are read where `use_safetensors=False` asks
+                for it.
+            ValueError: a config of another model type.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write weights, config and the code that reads them, so that every Auto class and the pipeline find theirs."""
         self.config.auto_map = dict(AUTO_MAP)
