@@ -36,7 +36,7 @@ def region_table(records: Sequence[Record], units: str, skipped: Sequence[str]) 
         "over sizes first, then over slides. Pearson: mean over the genes that vary among the hidden spots; a "
         "prediction that does not vary counts as 0.",
         "",
-        *_summary(records),
+        *region_summary(records),
     ]
     squares = [r for r in records if r["mask_size"] is not None]
     if squares:
@@ -49,13 +49,14 @@ def region_table(records: Sequence[Record], units: str, skipped: Sequence[str]) 
         lines += ["", *_grid(squares, ("mse", "mae"))]
         lines += ["", *_grid(squares, ("pearson",))]
     for slide in _distinct(records, "slide"):
-        lines += ["", f"## {slide}", "", *_summary([r for r in records if r["slide"] == slide])]
+        lines += ["", f"## {slide}", "", *region_summary([r for r in records if r["slide"] == slide])]
     if skipped:
         lines += ["", "## Not measured", "", *(f"- {sentence}" for sentence in skipped)]
     return "\n".join(lines) + "\n"
 
 
-def _summary(records: Sequence[Record]) -> list[str]:
+def region_summary(records: Sequence[Record]) -> list[str]:
+    """Lines of a Markdown table: the mean over all sizes, then over slides, by predictor."""
     rows = []
     for predictor in _distinct(records, "predictor"):
         of_predictor = [r for r in records if r["predictor"] == predictor]

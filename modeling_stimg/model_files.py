@@ -27,7 +27,9 @@ def check_model_files(model: str | os.PathLike[str], **hub: Any) -> None:
     hub = {key: value for key, value in hub.items() if value is not None}
     config = _file(model, CONFIG_NAME, hub)
     if config is None:
-        raise FileNotFoundError(f"{model} holds no {CONFIG_NAME}: expected a model, as train/run_pretrain.py writes it.")
+        raise FileNotFoundError(
+            f"{model} holds no {CONFIG_NAME}: expected a model, as train/run_pretrain.py writes it."
+        )
     check_model_type(config, str(model))
     weights = _file(model, SAFE_WEIGHTS_NAME, hub)
     if weights is not None:

@@ -172,7 +172,9 @@ def test_every_way_to_unpickle_is_recognised(source: str):
 
 
 def test_what_unpickles_nothing_is_left_alone():
-    assert not unpicklings("import numpy as np, yaml\nmodel.eval()\nnp.load('x', allow_pickle=False)\nyaml.safe_load(s)")
+    assert not unpicklings(
+        "import numpy as np, yaml\nmodel.eval()\nnp.load('x', allow_pickle=False)\nyaml.safe_load(s)"
+    )
 
 
 def test_nothing_in_the_project_unpickles_a_foreign_file():

@@ -40,11 +40,11 @@ def write_card(facts: CardFacts, log_history: Sequence[dict[str, Any]]) -> Model
     data = ModelCardData(library_name="transformers", tags=list(TAGS), pipeline_tag="feature-extraction")
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {facts.name}\n",
-        _what(facts),
-        _usage(facts),
-        _slides(facts),
-        _results(facts, log_history),
-        _arguments(facts),
+        describe_model(facts),
+        describe_usage(facts),
+        describe_slides(facts),
+        describe_run(facts, log_history),
+        describe_arguments(facts),
         "Every number above is from the run that made this model. It is meant for research, not for clinical use.\n",
     ]
     return ModelCard("\n".join(parts))
@@ -53,7 +53,8 @@ def write_card(facts: CardFacts, log_history: Sequence[dict[str, Any]]) -> Model
 MASKED = {"entry": "of the entries", "site": "of the sites", "mixed": "of the sites, and of the entries at the others"}
 
 
-def _what(facts: CardFacts) -> str:
+def describe_model(facts: CardFacts) -> str:
+    """What the model is: its size, its windows, its values."""
     c, p = facts.config, facts.processor
     depth = "of the panel" if p.target_sum == "panel" else f"{p.target_sum:,g} counts a spot"
     return (
@@ -67,7 +68,7 @@ def _what(facts: CardFacts) -> str:
     )
 
 
-def _usage(facts: CardFacts) -> str:
+def describe_usage(facts: CardFacts) -> str:
     return (
         "## Use\n\n```python\n"
         "from modeling_stimg import STImageMAEModel, STPatchProcessor, embed_slide, read_slide\n\n"
@@ -78,22 +79,24 @@ def _usage(facts: CardFacts) -> str:
     )
 
 
-def _slides(facts: CardFacts) -> str:
-    lines = ["## Slides\n", f"Trained on {_listed(facts.records)}"]
+def describe_slides(facts: CardFacts) -> str:
+    """Which slides it was trained on, evaluated on while it trained, probed with, and inherits."""
+    lines = ["## Slides\n", f"Trained on {listed(facts.records)}"]
     if facts.held_out:
-        lines.append(f"\nHeld out, for the evaluation loss alone: {_listed(facts.held_out)}")
+        lines.append(f"\nHeld out, for the evaluation loss alone: {listed(facts.held_out)}")
     if facts.probed:
         seen = sorted(set(facts.probed) & {record.name for record in facts.records})
         told = f" (of these, {', '.join(seen)} were trained on, without labels)" if seen else ""
         lines.append(f"\nProbed with their labels: {', '.join(facts.probed)}{told}")
     if facts.parent is not None:
         name, slides = facts.parent
-        told = "which does not say what it saw" if slides is None else f"which saw {_listed(slides)}"
+        told = "which does not say what it saw" if slides is None else f"which saw {listed(slides)}"
         lines.append(f"\nGone on from `{name}`, {told}")
     return "\n".join(lines) + "\n"
 
 
-def _listed(records: Sequence[SlideRecord]) -> str:
+def listed(records: Sequence[SlideRecord]) -> str:
+    """Number, spots and names of slides."""
     names = [record.name for record in records]
     spots = sum(record.num_spots for record in records)
     more = f" and {len(names) - MAX_LISTED_SLIDES} more (`pretraining.json` names all)"
@@ -101,7 +104,7 @@ def _listed(records: Sequence[SlideRecord]) -> str:
     return f"{len(names)} slides, {spots:,} spots: {listed}"
 
 
-def _results(facts: CardFacts, log_history: Sequence[dict[str, Any]]) -> str:
+def describe_run(facts: CardFacts, log_history: Sequence[dict[str, Any]]) -> str:
     rows = [
         ("loss", "training loss (masked mean squared error, mean since the log entry before)"),
         ("eval_loss", "loss on held-out slides"),
@@ -115,7 +118,7 @@ def _results(facts: CardFacts, log_history: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _arguments(facts: CardFacts) -> str:
+def describe_arguments(facts: CardFacts) -> str:
     lines = ["## Arguments\n", "| field | value |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.arguments.items()]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_processing.corpus import SlideRecord
 from data_processing.window_dataset import WindowDataset
 from modeling_stimg import STImageMAEForPreTraining
@@ -100,6 +102,22 @@ def lineage(data: Prepared, parent: Parent | None) -> tuple[list[SlideRecord], d
         slides = None if parent.slides is None else [record.name for record in parent.slides]
         told["parent"] = {"name": parent.name, "slides": slides}
     return [*data.records, *inherited], told
+
+
+def training_cost(training: PretrainingArguments, log_history: Sequence[dict[str, Any]], first_step: int) -> dict:
+    """What the run took, for `pretraining.json`: seconds of so many of its steps, and on what.
+
+    Args:
+        first_step: that this process began with; what an interrupted one took before is not known.
+    """
+    seconds = [entry["train_runtime"] for entry in log_history if "train_runtime" in entry]
+    device = training.device
+    return {
+        "seconds": seconds[-1] if seconds else None,
+        "steps": training.max_steps - first_step if seconds else None,
+        "processes": training.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
 
 
 def card_facts(

@@ -33,11 +33,11 @@ from modeling_stimg.host import keep_freed_memory
 from modeling_stimg.plotting import logged, plot_loss, plot_probe
 from train.arguments import CorpusArguments, ModelArguments, PretrainingArguments, ProbeArguments, parse_arguments
 from train.callbacks import FiniteWatch, ProbeCallback, ProbeSlide, read_probe_slides
-from train.checkpoints import checkpoint_to_resume, remove_checkpoints, saving
+from train.checkpoints import checkpoint_step, checkpoint_to_resume, remove_checkpoints, saving
 from train.continuing import Parent, extend_model, load_parent
 from train.model_card import CardFacts, write_card
 from train.preparing import Prepared, gene_vectors, prepare
-from train.provenance import Progress, card_facts, deciding_arguments, lineage, told_arguments
+from train.provenance import Progress, card_facts, deciding_arguments, lineage, told_arguments, training_cost
 from train.pushing import check_push, remove_staged
 from train.trainer import PretrainTrainer
 
@@ -260,11 +260,12 @@ def pretrain(argv: list[str] | None = None) -> None:
     facts = card_facts(training, model, data, probe_slides, parent, arguments)
     seen, told = lineage(data, parent)
     progress = Progress(windows, training.windows_a_step)
+    first_step = 0 if checkpoint is None else checkpoint_step(checkpoint)
 
     def describe(folder: Path, history: list[dict[str, Any]], step: int) -> None:
         """What there is to tell of the model after so many steps."""
         so_far = progress.arguments(arguments, step)
-        save_pretraining(folder, seen, so_far, told)
+        save_pretraining(folder, seen, so_far, {**told, "cost": training_cost(training, history, first_step)})
         now = dataclasses.replace(facts, name=trainer.hub_model_id or facts.name, arguments=so_far)
         write_card(now, history).save(folder / "README.md")
 
