@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-transformers lint clean
 
 # torch first: pinned, so that pip does not resolve to a newer build and its CUDA packages.
 $(STAMP): pyproject.toml constraints.txt
@@ -30,6 +30,11 @@ demo: $(STAMP)
 # A file a process: fixtures are shared within a file. A thread each, so that processes do not wait for each other.
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# What depends on transformers, with another version of it: make test-transformers VERSION=5.17.0
+VERSION ?= 5.17.0
+test-transformers: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/other_transformers.py $(VERSION) --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -49,7 +49,9 @@ def _domains(folder: ModelFolder) -> list[EvalResult]:
 def _regions(folder: ModelFolder) -> list[EvalResult]:
     if folder.regions is None:
         return []
-    records, found = matching(folder.regions[0], predictor=folder.options.row), []
+    # Every slide is a set of its own, for which the means of `aggregate` are those over its sizes.
+    of_model = matching(folder.regions[0], predictor=folder.options.row)
+    records, found = [{**record, "set": record["slide"]} for record in of_model], []
     for slide in distinct(records, "slide"):
         of_slide = matching(records, slide=slide)
         for metric, title in REGION_METRICS.items():
@@ -72,5 +74,5 @@ def _regions(folder: ModelFolder) -> list[EvalResult]:
 
 def _slides(records: list[Record]) -> dict[str, object]:
     """What to tell of a data set: its slides, and what the model saw of them."""
-    with_set = [{"set": "", **record, "seen": record.get("seen") or "not told"} for record in records]
-    return {"slides": distinct(records, "slide"), "seen": seen_of(with_set)}
+    told = [{**record, "seen": record.get("seen") or "not told"} for record in records]
+    return {"slides": distinct(records, "slide"), "seen": seen_of(told)}

@@ -18,7 +18,8 @@ def check_model_files(model: str | os.PathLike[str], **hub: Any) -> None:
     """Look at `config.json` and the weights of a model before they are loaded.
 
     Args:
-        model: a folder, or a Hub repository, whose weights are fetched. hub: those of `cached_file`, such as `revision`.
+        model: a folder, or a Hub repository, whose weights are fetched.
+        hub: arguments of `cached_file`, such as `revision`.
 
     Raises:
         ValueError: a config of another model type, or weights that are damaged, cut off or a pickle.
@@ -64,7 +65,7 @@ def check_model_type(config: Path, model: str) -> None:
 
 
 def check_weights(path: Path, model: str) -> None:
-    """ValueError unless a safetensors file is as long as its header says; `model` is how the message calls its model."""
+    """ValueError unless a safetensors file is as long as its header says; `model` is how the message calls it."""
     try:
         with safe_open(path, "np") as file:
             file.keys()
