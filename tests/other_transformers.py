@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     tell = "import transformers, huggingface_hub as h, torch; print('transformers', transformers.__version__, "
     tell += "'huggingface_hub', h.__version__, 'torch', torch.__version__)"
     subprocess.run([python, "-c", tell], check=True, cwd=ROOT)
-    tests = [] if any(not word.startswith("-") for word in further) else [str(ROOT / "tests" / name) for name in TESTS]
+    given = any(word.split("::")[0].endswith(".py") for word in further)
+    tests = [] if given else [str(ROOT / "tests" / name) for name in TESTS]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run([python, "-m", "pytest", *further, *tests], cwd=ROOT, env=environment, check=False).returncode
 
