@@ -38,7 +38,7 @@ from model_cards.training_slides import describe_training_slides
 from train.model_card import TAGS, CardFacts, describe_model
 
 # Of `pretraining.json`, but no field of the training script.
-COUNTED = ("num_windows", "num_spots_seen")
+COUNTED = ("num_windows", "num_spots_seen", "steps_done")
 
 
 def write_card(folder: ModelFolder) -> ModelCard:
