@@ -19,10 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache"
 FINISHED = ".finished"
+# Not test_transformers_image_processor.py: the common tests that it fits into have another form in 5.17.
 TESTS = (
     *("test_modeling.py", "test_processing.py", "test_embedding.py", "test_auto_classes.py", "test_trust.py"),
-    *("test_reconstruction.py", "test_transformers_common.py", "test_transformers_image_processor.py"),
-    *("test_publish.py", "test_pretrain.py"),
+    *("test_reconstruction.py", "test_transformers_common.py", "test_publish.py", "test_pretrain.py"),
 )
 
 
