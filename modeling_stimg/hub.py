@@ -15,6 +15,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .model_files import check_model_files, check_model_type
+
 PROCESSOR_FILE = "preprocessor_config.json"
 # All that the package reads of a repository; its code files are this package's own.
 FILES = ("config.json", PROCESSOR_FILE, "genes.json", "pretraining.json")
@@ -49,13 +51,14 @@ def find_model(given: str, revision: str | None = None, weights: bool = True) ->
 
     Raises:
         FileNotFoundError: no such folder or repository, or one without a model in it; or a private one.
-        ValueError: a revision of a folder, or two of them. OSError: the Hub cannot be reached, or refuses the token.
+        ValueError: a revision of a folder, or two of them; a model of another type, or damaged weights.
+        OSError: the Hub cannot be reached, or refuses the token.
     """
     folder = Path(given)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{given} is a folder and has no revision {revision!r}: only models of the Hub have some.")
-        return FoundModel(folder.resolve().name, _with_processor(folder, given))
+        return FoundModel(folder.resolve().name, _checked(folder, given, weights))
     name, at, named = given.partition("@")
     if folder.is_absolute() or given.startswith(".") or not _REPOSITORY.fullmatch(name) or (at and not named):
         raise FileNotFoundError(
@@ -64,14 +67,19 @@ def find_model(given: str, revision: str | None = None, weights: bool = True) ->
     if named and revision is not None and named != revision:
         raise ValueError(f"{given} names a revision, and {revision!r} is another one: give one of them.")
     folder = _download(name, named or revision, FILES + WEIGHTS if weights else FILES)
-    return FoundModel(name, _with_processor(folder, given), folder.name)
+    return FoundModel(name, _checked(folder, given, weights), folder.name)
 
 
-def _with_processor(folder: Path, given: str) -> Path:
+def _checked(folder: Path, given: str, weights: bool) -> Path:
+    """The folder, which has to hold a model of ours, as far as its files tell without being loaded."""
     if not (folder / PROCESSOR_FILE).exists():
         raise FileNotFoundError(
             f"{given} holds no {PROCESSOR_FILE}: expected a model folder, as train/run_pretrain.py writes it."
         )
+    if weights:
+        check_model_files(folder, given)
+    else:
+        check_model_type(folder, given)
     return folder
 
 
