@@ -116,7 +116,8 @@ def region_csv(records: Sequence[Record]) -> str:
 def plot_regions(records: Sequence[Record], units: str, path: Path) -> bool:
     """MSE over the side of the window, a panel a side of the mask, a curve a predictor; means over slides.
 
-    The curve of `"zeros"` is left out.
+    The curve of `"zeros"` is left out. Of the slides those count that were measured in most windows, all in the same
+    ones: a slide that comes in for some windows alone would bend the curves.
 
     Returns:
         whether there is something to draw: squares in windows of two sizes or more.
@@ -130,6 +131,12 @@ def plot_regions(records: Sequence[Record], units: str, path: Path) -> bool:
     figure = new_figure(3.6 * num_columns + 2.4, 3 * num_rows + 0.4)
     panels = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True).ravel()
     for ax, mask in zip(panels, masks, strict=False):
+        of_slide = {
+            slide: frozenset(r["window_size"] for r in squares if (r["slide"], r["mask_size"]) == (slide, mask))
+            for slide in _distinct(squares, "slide")
+        }
+        most = max(of_slide.values(), key=len)
+        slides = [slide for slide, found in of_slide.items() if found == most]
         for number, predictor in enumerate(_distinct(squares, "predictor")):
             found = {
                 window: _mean(
@@ -137,6 +144,7 @@ def plot_regions(records: Sequence[Record], units: str, path: Path) -> bool:
                         r["mse"]
                         for r in squares
                         if (r["predictor"], r["mask_size"], r["window_size"]) == (predictor, mask, window)
+                        and r["slide"] in slides
                     ]
                 )
                 for window in windows
@@ -147,7 +155,7 @@ def plot_regions(records: Sequence[Record], units: str, path: Path) -> bool:
                 # Rows of a model are drawn full, simple predictors dashed.
                 style = "-" if any(r.get("seen") for r in squares if r["predictor"] == predictor) else "--"
                 ax.plot(*zip(*points, strict=True), style, color=colour, marker=marker, markersize=5, label=predictor)
-        ax.set_title(f"mask of {mask} x {mask} sites", fontsize=9)
+        ax.set_title(f"mask of {mask} x {mask} sites, {len(slides)} slide(s)", fontsize=9)
         ax.set_xticks(windows)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)

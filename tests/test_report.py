@@ -158,6 +158,7 @@ def test_regions_have_their_tables_curves_and_maps(tmp_path, drawn):
         for name, value in (("a", 0.25), ("b", 0.75))
     }
     told = {"units": "log1p of counts per 10,000", "skipped": []}
+    of_slide["c"] = [_region("c", 8, "kriging", 5.0)]  # in some windows alone: it would bend the curve
     paths = [_write(found, told, tmp_path / name) for name, found in of_slide.items()]
     maps = {"title": "a", "units": "u", "predictor": "stimg", "positions": [[0, 0], [1, 0]], "hidden": [True, False]}
     maps |= {"genes": ["G1"], "measured": [[1.0, 2.0]], "predicted": [[1.5, 2.0]]}
@@ -166,11 +167,12 @@ def test_regions_have_their_tables_curves_and_maps(tmp_path, drawn):
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert names == {"report.md", "regions.csv", "regions.png", "genes_1.png"}
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    assert "| kriging | 0.5000 | 0.5000 | 0.5000 | 9 | – |" in text  # noqa: RUF001
+    assert "| kriging | 2.0000 | 2.0000 | 2.0000 | 9 | – |" in text  # noqa: RUF001
     rows = list(csv.DictReader((tmp_path / "report" / "regions.csv").read_text(encoding="utf-8").splitlines()))
     assert [(row["slide"], float(row["mse"])) for row in rows if row["predictor"] == "kriging"] == [
         *[("a", 0.25)] * 2,
         *[("b", 0.75)] * 2,
+        ("c", 5.0),
     ]
     curve = drawn[0].axes[0]
     (line,) = curve.get_lines()  # zeros would flatten the rest
