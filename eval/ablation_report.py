@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_processing.writing import write_whole
+from eval.palette import COLOURS
 from eval.results import markdown_table
 
 Record = Mapping[str, Any]
 
 PROBE_TITLES = {"knn": "k-NN", "linear": "linear", "mlp": "MLP"}
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: told apart by colour-blind eyes
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # of smoothings, told apart without colour as well
 METRICS = {"accuracy": "accuracy", "ari": "adjusted Rand index"}
 MISSING = "–"  # noqa: RUF001 - a dash for "not measured yet"

@@ -19,13 +19,11 @@ from eval.aggregate import Record, check_records, distinct, matching, num_slides
 from eval.clustering import k_means
 from eval.domain_scores import Plan
 from eval.features import Method, smoothed
+from eval.palette import COLOURS, DARK_YELLOW, MARKERS, YELLOW
 from eval.scoring import cluster_scores, named_clusters
 from modeling_stimg.plotting import grid_positions, new_figure, save_figure
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "//", "..", "xx", "--")
-YELLOW, DARK_YELLOW = "#F0E442", "#8F8600"  # letters in plain yellow are not legible on white
 NO_CLASS_COLOUR = "#DDDDDD"
 MAPS_FILE = "maps.json"
 SMOOTHED_MAP = ("raw", 2)  # the baseline to beat is shown beside the methods as they are

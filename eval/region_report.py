@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.palette import LINE_COLOURS, MARKERS
 from eval.region_reconstruction import METRICS, Reconstruction
 from eval.results import markdown_table
 from modeling_stimg.plotting import new_figure, save_figure
@@ -20,8 +21,6 @@ MISSING = "–"  # noqa: RUF001 - a dash for "no such measurement"
 NUM_MAPS = 4
 PLACE = ("slide", "region", "mask_size", "window_size", "predictor")
 GENE_MAPS_FILE = "gene_maps.json"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")  # Okabe and Ito
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 OFF_SCALE = "zeros"  # an error several times that of all others, which would flatten their curves
 
 
@@ -151,7 +150,7 @@ def plot_regions(records: Sequence[Record], units: str, path: Path) -> bool:
             }
             points = [(window, value) for window, value in found.items() if value is not None]
             if points:
-                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                colour, marker = LINE_COLOURS[number % len(LINE_COLOURS)], MARKERS[number % len(MARKERS)]
                 # Rows of a model are drawn full, simple predictors dashed.
                 style = "-" if any(r.get("seen") for r in squares if r["predictor"] == predictor) else "--"
                 ax.plot(*zip(*points, strict=True), style, color=colour, marker=marker, markersize=5, label=predictor)

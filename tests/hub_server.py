@@ -8,18 +8,18 @@ import base64
 import hashlib
 import json
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from loopback import QuietServer
 
 TOKEN, USER, ORGANISATION = "hf_loopbackwritetoken", "tester", "lab"
 # What the real Hub keeps as large files, by default, of what is met here.
@@ -94,7 +94,7 @@ class Hub:
         self.requests: list[tuple[str, str, int, str]] = []
         self.lock = threading.RLock()
         self._cuts, self._cut_after = 0, 0
-        self._server = _Server(("127.0.0.1", 0), partial(_Handler, self))
+        self._server = QuietServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -169,12 +169,6 @@ def serving_hub() -> Iterator[Hub]:
 def git_id(content: bytes) -> str:
     """What git calls a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-class _Server(ThreadingHTTPServer):
-    def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # the client has gone
-            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -70,7 +70,7 @@ class Loopback:
         self.during: Callable[[int], None] = lambda number: None  # called at every request, with how many came before
         self._plans: dict[str, list[Misbehaviour]] = {}
         self._lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", 0), partial(_Handler, self))
+        self._server = QuietServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
 
@@ -114,7 +114,9 @@ def serving(folder: Path) -> Iterator[Loopback]:
         server.stop()
 
 
-class _Server(ThreadingHTTPServer):
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of clients that have gone."""
+
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # the client has gone
             super().handle_error(request, client_address)
