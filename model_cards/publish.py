@@ -15,14 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from huggingface_hub import DatasetCard, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitInfo, DatasetCard, HfApi, ModelCard, constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from data_processing.open_corpus import CORPUS_FILE
 from model_cards import model_checks
 from model_cards.card_facts import ModelFolder
 from model_cards.model_index import eval_results
+from train.pushing import NotPushedError, pushing
 
 MODEL, DATASET = "model", "dataset"
 
@@ -91,29 +92,49 @@ def check_card(folder: Path, kind: str, repo: str) -> str:
     return f"the card's model-index has {len(told)} metrics, those of its results"
 
 
-def upload(folder: Path, kind: str, repo: str, private: bool, revision: str | None) -> str:
-    """Upload the folder's files in one commit; returns the commit's address.
+def upload(folder: Path, kind: str, repo: str, private: bool, revision: str | None) -> CommitInfo:
+    """Upload the folder's files in one commit.
 
     Raises:
-        ValueError: the Hub does not accept the card's metadata. HfHubHTTPError: anything else that the Hub refuses.
+        ValueError: the Hub does not accept the card's metadata, or the repository is there already and not private.
+        NotPushedError: anything else; the repository's files are what they were.
     """
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    (DatasetCard if kind == DATASET else ModelCard)(text).validate(repo_type=kind)
     api = HfApi()
-    api.create_repo(repo, private=private, repo_type=kind, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo, branch=revision, repo_type=kind, exist_ok=True)
-    names = [path.relative_to(folder).as_posix() for path in published_files(folder, kind)]
-    commit = api.upload_folder(
-        repo_id=repo,
-        repo_type=kind,
-        folder_path=folder,
-        revision=revision,
-        allow_patterns=names,
-        delete_patterns="*",
-        commit_message=f"Publish {folder.resolve().name}",
-    )
-    return commit.commit_url
+    with pushing(f"{folder} is not published, and what {repo} held is unchanged"):
+        validate_metadata((folder / "README.md").read_text(encoding="utf-8"), kind)
+        api.create_repo(repo, private=private, repo_type=kind, exist_ok=True)
+        if private and not api.repo_info(repo, repo_type=kind).private:
+            raise ValueError(
+                f"{repo} is there already, and public: --private makes a new repository a private one; change it on "
+                f"{constants.ENDPOINT}, or leave --private out."
+            )
+        if revision is not None:
+            api.create_branch(repo, branch=revision, repo_type=kind, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo,
+            repo_type=kind,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=[path.relative_to(folder).as_posix() for path in published_files(folder, kind)],
+            delete_patterns="*",
+            commit_message=f"Publish {folder.resolve().name}",
+        )
+
+
+def validate_metadata(card: str, kind: str) -> None:
+    """Ask the Hub, before anything is made there, whether it accepts a card's metadata.
+
+    `RepoCard.validate` of huggingface_hub 1 asks huggingface.co whatever HF_ENDPOINT says.
+
+    Raises:
+        ValueError: it does not.
+    """
+    address, told = f"{constants.ENDPOINT}/api/validate-yaml", {"content": card, "repoType": kind}
+    response = get_session().post(address, json=told, headers=build_hf_headers())
+    if response.status_code == 400:
+        errors = "; ".join(" ".join(str(error.get("message")).split()) for error in response.json().get("errors", []))
+        raise ValueError(f"{constants.ENDPOINT} does not accept the metadata of README.md: {errors}.")
+    hf_raise_for_status(response)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,16 +162,18 @@ def main(argv: list[str] | None = None) -> None:
         for path in files:
             print(f"{path.stat().st_size:>14,}  {path.relative_to(folder).as_posix()}")
         return
-    address = upload(folder, kind, repo, arguments.private, arguments.revision)
-    print(f"{len(files)} files are in {where}: {address}")
+    commit = upload(folder, kind, repo, arguments.private, arguments.revision)
+    print(f"{len(files)} files are in {where}, as {repo}@{commit.oid}: {commit.commit_url}")
 
 
 def command_line(argv: list[str] | None = None) -> int:
     """`main`, with one sentence in place of a traceback; returns the exit status."""
     try:
         main(argv)
-    except (ValueError, OSError, ImportError, HFValidationError, HfHubHTTPError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, HFValidationError) as error:
+        # A bar of an upload that broke off stands on the line.
+        new_line = "\n" if isinstance(error, NotPushedError) else ""
+        print(f"{new_line}error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

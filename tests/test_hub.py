@@ -1,8 +1,6 @@
-"""Models and corpora through a Hub and back: pushed, trained into it, for strangers, pinned, private, cut, offline."""
+"""Models through a Hub and back: pushed, trained into it, for strangers, pinned, private, cut, offline."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +16,15 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import _http
 from safetensors.torch import load
+from stranger import CLASSES, OPTIONS, embedding, stranger
 from transformers import AutoModelForPreTraining, pipeline
 
 from eval import run_masked_loss
 from modeling_stimg import (
     STFeatureExtractionPipeline,
     STImageMAEForPreTraining,
-    STImageMAEModel,
     STPatchProcessor,
     cli,
-    embed_slide,
 )
 from modeling_stimg.hub import find_model
 from train.checkpoints import last_whole_checkpoint
@@ -36,47 +33,6 @@ from train.pushing import NotPushedError
 
 CODE = {path.name for path in (Path(__file__).parents[1] / "modeling_stimg").glob("*_stimg.py")}
 MODEL = {"config.json", "model.safetensors", "preprocessor_config.json", "genes.json", *CODE}
-OPTIONS = {"readout": "both", "smoothing": 1, "stride": 2}
-
-# A stranger's process: the package is not there, the Hub is all there is.
-STRANGER = """
-import json, sys
-from pathlib import Path
-import numpy as np
-
-sys.modules["modeling_stimg"] = None
-sys.path = [path for path in sys.path if Path(path).resolve() != Path(sys.argv[2])]
-from transformers import (
-    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, AutoProcessor, pipeline
-)
-import anndata
-
-told = json.loads(sys.argv[1])
-slide = anndata.read_h5ad(told["slide"])
-trust = {"trust_remote_code": True}
-embeddings, classes = {}, {}
-for name, revision in told["models"]:
-    config = AutoConfig.from_pretrained(name, revision=revision, **trust)
-    models = [a.from_pretrained(name, revision=revision, **trust) for a in (AutoModel, AutoModelForPreTraining)]
-    processors = [a.from_pretrained(name, revision=revision, **trust) for a in (AutoImageProcessor, AutoProcessor)]
-    pipe = pipeline("st-feature-extraction", model=name, revision=revision, **trust)
-    image = processors[1].slide_to_image(slide)
-    made = [model.embed(image, processor)[image.spot_of_obs] for model in models for processor in processors]
-    made += [pipe(slide), *pipe([slide, image]), *pipe(each for each in [slide]), type(pipe)(models[0])(slide)]
-    assert all(np.array_equal(made[0], each) and each.dtype == np.float32 for each in made), name
-    embeddings[f"{name}@{revision}"] = made[0]
-    embeddings[f"{name}@{revision} options"] = pipe(slide, batch_size=3, **told["options"])
-    for part in (config, *models, *processors, pipe):
-        classes.setdefault(type(part).__name__, type(part).__module__.split(".")[0])
-    str(pipe.model.config)
-if told["dataset"]:
-    import datasets
-    loaded = datasets.load_dataset(told["dataset"])["train"]
-    embeddings["counts"] = np.concatenate([np.asarray(row, np.int64) for row in loaded["counts"]])
-    embeddings["genes"] = np.concatenate([np.asarray(row, np.int64) for row in loaded["indices"]])
-np.savez(told["output"], **embeddings)
-print(json.dumps(classes))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -121,33 +77,6 @@ def trained(hub: Hub, small_config: Path, tmp_path_factory: pytest.TempPathFacto
     return SimpleNamespace(output=output, repository=hub.repository("lab/trained"))
 
 
-def stranger(hub: Hub, folder: Path, **told: object) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What a fresh process without the package makes of the Hub; `folder` keeps its cache."""
-    root = str(Path(__file__).parents[1])
-    environment = {"PATH": os.environ.get("PATH", ""), "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-    told = {"output": str(folder / "made.npz"), "options": OPTIONS, "dataset": None, **told}
-    offline = {"HF_HUB_OFFLINE": "1"} if told.pop("offline", False) else {}
-    run = subprocess.run(
-        [sys.executable, "-c", STRANGER, json.dumps(told), root],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**environment, **hub.environment(token=None), **offline},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    with np.load(told["output"]) as made:
-        return dict(made), json.loads(run.stdout.splitlines()[-1])
-
-
-def embedding(folder: Path, adata: AnnData, **options: object) -> np.ndarray:
-    """What `embed_slide` of the package writes."""
-    adata = adata.copy()
-    model, processor = STImageMAEModel.from_pretrained(folder), STPatchProcessor.from_pretrained(folder)
-    embed_slide(adata, model, processor, progress=False, **options)
-    return adata.obsm["X_stimg"]
-
-
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
     """Exit status and stderr of `stimg`."""
     monkeypatch.setattr(sys, "argv", ["stimg", *map(str, words)])
@@ -175,29 +104,18 @@ def test_processor_saved_and_pushed_at_once_brings_its_genes(checkpoint: Path, h
 def test_strangers_load_everything_and_embed_alike(
     pushed: Hub,
     trained: SimpleNamespace,
-    checkpoint: Path,
-    small_corpus: Path,
     slides: dict[str, AnnData],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ):
     with pytest.MonkeyPatch.context() as inside:
         pushed.here(inside, tmp_path / "cache")
-        api = HfApi()
-        api.create_repo("lab/corpus", repo_type="dataset")
-        api.upload_folder(
-            repo_id="lab/corpus", repo_type="dataset", folder_path=small_corpus, ignore_patterns=["arrow/*", ".build/*"]
-        )
         middle = next(c.id for c in trained.repository.history if c.title == "Training in progress, step 5")
         models = [("lab/made", None), ("lab/made", "first"), ("lab/trained", None), ("lab/trained", middle)]
         folders = [Path(snapshot_download(name, revision=revision)) for name, revision in models]
     slide = tmp_path / "slide.h5ad"
     slides["staggered"].write_h5ad(slide)
-    made, classes = stranger(pushed, tmp_path, slide=str(slide), models=models, dataset="lab/corpus")
-    assert set(classes) == {
-        *("STImageMAEConfig", "STImageMAEModel", "STImageMAEForPreTraining", "STPatchProcessor"),
-        "STFeatureExtractionPipeline",
-    }
+    made, classes = stranger(pushed, tmp_path, slide=str(slide), models=models)
+    assert set(classes) == CLASSES
     assert set(classes.values()) == {"transformers_modules"}
 
     for (name, revision), folder in zip(models, folders, strict=True):
@@ -206,12 +124,6 @@ def test_strangers_load_everything_and_embed_alike(
             np.testing.assert_array_equal(made[f"{name}@{revision}{key}"], here)
     assert not np.array_equal(made["lab/made@None"], made["lab/made@first"])
     assert not np.array_equal(made["lab/trained@None"], made[f"lab/trained@{middle}"])
-
-    import datasets
-
-    rows = datasets.load_from_disk(str(small_corpus / "arrow"))
-    for key, column in (("counts", "counts"), ("genes", "indices")):
-        np.testing.assert_array_equal(made[key], np.concatenate([np.asarray(row, np.int64) for row in rows[column]]))
 
     asked = len(pushed.requests)
     again, _ = stranger(pushed, tmp_path, slide=str(slide), models=[models[0], models[-1]], offline=True)

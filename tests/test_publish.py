@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from anndata import AnnData
-from huggingface_hub import HfApi, ModelCard
+from hub_server import TOKEN, Hub, serving_hub
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import _http
 from model_results import write_domains
+from stranger import CLASSES, OPTIONS, embedding, stranger
 from transformers import ViTMAEConfig
 
 from data_processing.fingerprints import fingerprint, load_fingerprints, save_fingerprints
@@ -23,7 +27,7 @@ from model_cards.gather import gather
 from model_cards.publish import command_line
 from modeling_stimg import GeneVocabulary, STImageMAEModel, STPatchProcessor
 
-REPO = "org/tiny"
+REPO, CORPUS = "lab/tiny", "lab/corpus"
 
 
 @pytest.fixture(scope="module")
@@ -62,31 +66,35 @@ def folder(published: Path, embedded: fingerprints.Embedded, tmp_path: Path, mon
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
-    """Every call that would reach the Hub."""
-    calls: list[tuple[str, dict]] = []
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """An empty Hub, and this process at it."""
+    with serving_hub() as hub:
+        hub.here(monkeypatch, tmp_path / "cache")
+        yield hub
 
-    def record(name: str):
-        def method(self, *args, **kwargs):
-            calls.append((name, {**kwargs, "args": args}))
-            return SimpleNamespace(commit_url="https://hub/commit/1")
 
-        return method
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    for name in ("create_repo", "create_branch", "upload_folder", "create_commit", "upload_file"):
-        monkeypatch.setattr(HfApi, name, record(name))
-    monkeypatch.setattr(ModelCard, "validate", record("validate"))
-    return calls
+
+def only_error(capsys: pytest.CaptureFixture) -> str:
+    """The one sentence in which a command ended, without a token and without a traceback."""
+    said = capsys.readouterr()
+    assert "hf_" not in said.out + said.err
+    assert "Traceback" not in said.err
+    (error,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert said.err.endswith(f"{error}\n")
+    return error
 
 
 # ---------------------------------------------------------------- a model
 
 
-def test_a_trained_model_passes_and_a_dry_run_sends_nothing(published: Path, hub: list, capsys):
+def test_a_trained_model_passes_and_a_dry_run_sends_nothing(published: Path, hub: Hub, capsys):
     assert command_line([str(published), "--repo", REPO, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "the same bits as in its fingerprint" in told
-    assert not hub
+    assert not hub.requests
     listed = {line.split()[-1] for line in told.split("Would be uploaded")[1].splitlines()[1:]}
     assert listed == {path.name for path in published.iterdir()}
     assert {"README.md", "model.safetensors", "genes.json", "modeling_stimg.py", "pretraining.json"} <= listed
@@ -102,17 +110,118 @@ def test_gathering_leaves_behind_what_is_only_of_the_run(published: Path, small_
         gather(small_model, published)
 
 
-def test_the_upload_is_one_commit_on_the_branch_after_the_card_is_validated(folder: Path, hub: list, capsys):
-    words = [str(folder), "--repo", REPO, "--private", "--revision", "v1"]
+def test_a_model_is_published_and_updated_each_in_one_commit(folder: Path, hub: Hub, capsys):
+    first = content(folder)
+    words = [str(folder), "--repo", REPO, "--private"]
     assert command_line(words) == 0, capsys.readouterr().err
-    assert [name for name, _ in hub] == ["validate", "create_repo", "create_branch", "upload_folder"]
-    asked = dict(hub)
-    assert asked["create_repo"] == {"args": (REPO,), "private": True, "repo_type": "model", "exist_ok": True}
-    assert asked["create_branch"] == {"args": (REPO,), "branch": "v1", "repo_type": "model", "exist_ok": True}
-    assert (asked["upload_folder"]["revision"], asked["upload_folder"]["repo_id"]) == ("v1", REPO)
-    assert set(asked["upload_folder"]["allow_patterns"]) == {path.name for path in folder.iterdir()}
-    assert asked["upload_folder"]["delete_patterns"] == "*", "what the folder does not hold, the repository does not"
-    assert "https://hub/commit/1" in capsys.readouterr().out
+    repository, told = hub.repository(REPO), capsys.readouterr().out
+    assert hub.files(REPO) == first
+    assert repository.private
+    assert [commit.title for commit in repository.history] == ["initial commit", "Publish tiny"]
+    assert f"as {REPO}@{repository.branches['main']}: {hub.endpoint}" in told
+
+    (folder / "loss.png").unlink()
+    make_card(folder, {"watts": 65.0})
+    assert command_line(words) == 0, capsys.readouterr().err
+    assert hub.files(REPO) == content(folder), "what the folder does not hold, the repository does not"
+    assert len(repository.history) == 3
+    assert hub.files(REPO, repository.history[1].id) == first
+
+    make_card(folder, {"watts": 130.0})
+    assert command_line([*words, "--revision", "v1"]) == 0, capsys.readouterr().err
+    assert hub.files(REPO, "v1") == content(folder)
+    assert hub.files(REPO) == hub.files(REPO, repository.history[2].id) != hub.files(REPO, "v1")
+    told = "".join(capsys.readouterr())
+    assert "branch v1, private" in told
+    assert TOKEN not in told
+
+
+def test_strangers_use_what_was_published(
+    folder: Path, corpus: Path, hub: Hub, slides: dict[str, AnnData], tmp_path: Path, capsys
+):
+    assert command_line([str(folder), "--repo", REPO, "--private"]) == 0, capsys.readouterr().err
+    assert command_line([str(corpus), "--repo", CORPUS, "--revision", "v1"]) == 0, capsys.readouterr().err
+    assert command_line([str(corpus), "--repo", CORPUS]) == 0, capsys.readouterr().err
+    assert hub.files(CORPUS, kind="dataset") == hub.files(CORPUS, "v1", kind="dataset")
+    slide = tmp_path / "slide.h5ad"
+    slides["staggered"].write_h5ad(slide)
+    made, classes = stranger(hub, tmp_path, TOKEN, slide=str(slide), models=[(REPO, None)], dataset=CORPUS)
+    assert (set(classes), set(classes.values())) == (CLASSES, {"transformers_modules"})
+    for key, options in (("", {}), (" options", OPTIONS)):
+        np.testing.assert_array_equal(made[f"{REPO}@None{key}"], embedding(folder, slides["staggered"], **options))
+    rows = datasets.load_from_disk(str(corpus / "arrow"))
+    for key in ("", " streamed"):
+        assert made[f"id{key}"].tolist() == rows["id"][:] == ["s0", "s1", "s2"]
+        for column in ("indptr", "counts", "indices"):
+            whole = np.concatenate([np.asarray(row, np.int64) for row in rows[column]])
+            np.testing.assert_array_equal(made[column + key], whole)
+
+
+def test_an_upload_cut_in_the_middle_changes_nothing_and_is_repeated(
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    words = [str(folder), "--repo", REPO]
+    for name in ("model.safetensors", "loss.png"):  # a new repository, and an update of one
+        before = hub.files(REPO) if hub.repositories else {}
+        if name == "loss.png":
+            (folder / name).write_bytes((folder / name).read_bytes() + b"more")
+        hub.cut_uploads(1000, after=(folder / name).stat().st_size // 2)
+        assert command_line(words) == 2
+        assert only_error(capsys).startswith(
+            f"error: {folder} is not published, and what {REPO} held is unchanged: {hub.endpoint} was not reached"
+        )
+        assert hub.files(REPO) == before
+        hub.cut_uploads(0)
+        assert command_line(words) == 0, capsys.readouterr().err
+        assert hub.files(REPO) == content(folder)
+    assert len(hub.repository(REPO).history) == 3
+
+
+def public_before(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    HfApi().create_repo(REPO)
+
+
+def licence_of_nobody(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_card(folder, {"licence": "mine"})
+
+
+def no_token(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.here(monkeypatch, folder.parent / "cache", token=None)
+
+
+def wrong_token(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.here(monkeypatch, folder.parent / "cache", token="hf_wrong")
+
+
+def strangers_token(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.tokens["hf_strangertoken"] = {"stranger"}
+    hub.here(monkeypatch, folder.parent / "cache", token="hf_strangertoken")
+
+
+def nobody_there(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("circumstance", "message"),
+    [
+        (public_before, "lab/tiny is there already, and public: --private makes"),
+        (licence_of_nobody, 'does not accept the metadata of README.md: "license" must be one of [apache-2.0'),
+        (no_token, "knows no such token, log in (hf auth login) or set HF_TOKEN"),
+        (wrong_token, "knows no such token"),
+        (strangers_token, "the token may not write there"),
+        (nobody_there, "http://127.0.0.1:9 was not reached (ConnectError)"),
+    ],
+)
+def test_what_the_hub_does_not_take_is_told_in_one_sentence(
+    circumstance, message: str, folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    circumstance(folder, hub, monkeypatch)
+    assert command_line([str(folder), "--repo", REPO, "--private"]) == 2
+    assert message in only_error(capsys)
+    assert not [repository for repository in hub.repositories.values() if len(repository.history) > 1]
+    assert bool(hub.repositories) == (circumstance is public_before)
 
 
 def tampered_genes(folder: Path) -> None:
@@ -207,27 +316,27 @@ def edit(path: Path, key: str, value: object) -> None:
         (no_fingerprint, "lacks fingerprint.json"),
     ],
 )
-def test_a_model_that_is_not_whole_is_refused_in_one_sentence(damage, message: str, folder: Path, hub: list, capsys):
+def test_a_model_that_is_not_whole_is_refused_in_one_sentence(damage, message: str, folder: Path, hub: Hub, capsys):
     damage(folder)
     assert command_line([str(folder), "--repo", REPO]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
-    assert not hub
+    assert not hub.requests
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--repo", "org/other"], "The card is that of org/tiny, to be published as org/other"),
+        (["--repo", "org/other"], "The card is that of lab/tiny, to be published as org/other"),
         (["--repo", "tiny"], "expected ORG/NAME"),
         (["--repo", "org/a b"], "org/a b"),
     ],
 )
-def test_another_name_is_refused(words: list[str], message: str, folder: Path, hub: list, capsys):
+def test_another_name_is_refused(words: list[str], message: str, folder: Path, hub: Hub, capsys):
     assert command_line([str(folder), *words]) == 2
     assert message in capsys.readouterr().err
-    assert not hub
+    assert not hub.requests
 
 
 # ---------------------------------------------------------------- its fingerprint
@@ -287,10 +396,10 @@ def corpus(small_corpus: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_corpus, tmp_path / "corpus"))
 
 
-def test_a_corpus_is_a_dataset_and_publishes_its_shards(corpus: Path, hub: list, capsys):
-    assert command_line([str(corpus), "--repo", "org/corpus", "--dry-run"]) == 0, capsys.readouterr().err
+def test_a_corpus_is_a_dataset_and_publishes_its_shards(corpus: Path, hub: Hub, capsys):
+    assert command_line([str(corpus), "--repo", CORPUS, "--dry-run"]) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert not hub
+    assert not hub.requests
     listed = {line.split()[-1] for line in told.split("Would be uploaded")[1].splitlines()[1:]}
     assert {
         "README.md",
@@ -300,7 +409,7 @@ def test_a_corpus_is_a_dataset_and_publishes_its_shards(corpus: Path, hub: list,
         *(f"data/s{i}.parquet" for i in range(3)),
     } <= listed
     assert not [name for name in listed if name.startswith(("arrow", ".build"))]
-    assert "dataset org/corpus, branch main" in told
+    assert "dataset lab/corpus, branch main" in told
 
 
 def cut_shard(corpus: Path, slides: dict[str, AnnData]) -> None:
@@ -364,13 +473,13 @@ def no_configs(corpus: Path, slides: dict[str, AnnData]) -> None:
     ],
 )
 def test_a_corpus_with_something_wrong_is_refused(
-    damage, message: str, corpus: Path, slides: dict[str, AnnData], hub: list, capsys
+    damage, message: str, corpus: Path, slides: dict[str, AnnData], hub: Hub, capsys
 ):
     damage(corpus, slides)
-    assert command_line([str(corpus), "--repo", "org/corpus"]) == 2
+    assert command_line([str(corpus), "--repo", CORPUS]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.format(corpus=corpus) in error
-    assert not hub
+    assert not hub.requests
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path, capsys):

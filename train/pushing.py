@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from train.arguments import PretrainingArguments
+if TYPE_CHECKING:
+    from train.arguments import PretrainingArguments
 
 MODEL_FILES = (
     *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
@@ -51,14 +53,14 @@ def reason_of(error: BaseException) -> str:
         if status == 401:
             return f"{constants.ENDPOINT} knows no such token, log in (hf auth login) or set HF_TOKEN"
         if status == 403:
-            return "the token may not write there, take one that may, or another --hub_model_id"
+            return "the token may not write there, take one that may, or another name for the repository"
         return f"{constants.ENDPOINT} answered {status} ({error.server_message or 'without a reason'})"
     if isinstance(error, HTTPError):
         return f"{constants.ENDPOINT} was not reached ({type(error).__name__})"
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
 
 
-def check_push(training: PretrainingArguments) -> None:
+def check_push(training: "PretrainingArguments") -> None:
     """Stop before any work where nobody is logged in who could push.
 
     Raises:
