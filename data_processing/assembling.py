@@ -38,7 +38,7 @@ def assemble(
     """Make a corpus folder ready for training; what was there before is replaced as a whole.
 
     Args:
-        folder: of the corpus. files: its rows, Parquet files of one slide each, in their order.
+        folder: of the corpus. files: its rows, Parquet files of one slide each in the folder, in their order.
         target_sum: counts per spot that means, deviations and vectors are computed at.
         rank: how many leading gene vectors; 0 = none.
         num_proc: processes that write the memory-mapped form.
@@ -62,6 +62,7 @@ def assemble(
         temporary.replace(folder / VECTORS_FILE)
     vocabulary.save(folder)
     facts = {"slides": len(files), "vocabulary": vocabulary.ids_sha256, "target_sum": float(target_sum)}
+    facts["shards"] = [file.relative_to(folder).as_posix() for file in files]
     write_whole(folder / CORPUS_FILE, (json.dumps(facts, indent=1) + "\n").encode("utf-8"))
     return Corpus(folder)
 

@@ -1,6 +1,7 @@
 """A corpus that was built, opened for training: slides stay on disk, memory-mapped, and windows read what they need."""
 
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,18 +11,30 @@ import datasets
 import numpy as np
 
 from data_processing.corpus import SlideRecord
-from data_processing.st_corpus import numpy_row
+from data_processing.st_corpus import STCorpus, numpy_row
 from modeling_stimg import GeneVocabulary, SlideImage, STPatchProcessor
+from modeling_stimg.hub import Found, find_files
 
 ARROW_FOLDER = "arrow"
 CORPUS_FILE = "corpus.json"  # written last
+# All that training reads of a corpus on the Hub.
+FILES = (CORPUS_FILE, "genes.json", "gene_vectors.safetensors", "data/*.parquet")
+
+
+def find_corpus(given: str) -> Found:
+    """The corpus of a folder, whose `$VARIABLES` and `~` are expanded, or of the Hub (`ORG/NAME`, `ORG/NAME@REVISION`).
+
+    Raises:
+        FileNotFoundError: no such folder or dataset, or a private one. OSError: the Hub cannot be reached.
+    """
+    return find_files(os.path.expanduser(os.path.expandvars(given)), FILES, kind="corpus")
 
 
 class Corpus:
-    """A folder that `build_corpus.py` wrote.
+    """A folder that `build_corpus.py` wrote, or what of it was published.
 
     Args:
-        folder: with `arrow/` (the slides), `genes.json` (their genes, with statistics) and `corpus.json`.
+        folder: with `genes.json` (the genes, with statistics), `corpus.json`, and the slides in `arrow/` or `data/`.
         unfinished: do not ask whether it was built to its end.
 
     Raises:
@@ -43,8 +56,47 @@ class Corpus:
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
-        """The rows, memory-mapped, as Arrow tables."""
-        return datasets.load_from_disk(str(self.folder / ARROW_FOLDER)).with_format("arrow")
+        """The rows, memory-mapped, as Arrow tables.
+
+        A corpus that was published has no `arrow/`: the cache of `datasets` keeps its rows in that form, which takes a
+        while when they are opened for the first time.
+
+        Raises:
+            ValueError, FileNotFoundError: rows that are missing or damaged.
+        """
+        arrow = self.folder / ARROW_FOLDER
+        rows = datasets.load_from_disk(str(arrow)) if arrow.exists() else self._published_rows()
+        return rows.with_format("arrow")
+
+    def _published_rows(self) -> datasets.Dataset:
+        shards = self.facts.get("shards")
+        if shards is None:
+            raise FileNotFoundError(
+                f"{self.folder} holds no {ARROW_FOLDER}/, and its {CORPUS_FILE} does not tell the order of its shards: "
+                "build the corpus again, data_processing/build_corpus.py."
+            )
+        files = [self.folder / name for name in shards]
+        missing = [name for name, file in zip(shards, files, strict=True) if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder} lacks {len(missing)} of {len(files)} shards, e.g. {missing[0]}: download the corpus "
+                "again."
+            )
+        # A folder that was downloaded anew holds other rows under the same names.
+        states = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        builder = STCorpus(files=tuple(str(file.absolute()) for file in files), states=states)
+        try:
+            builder.download_and_prepare()
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(
+                f"The rows of {self.folder} cannot be read ({error.__cause__ or error}): download the corpus again."
+            ) from error
+        return builder.as_dataset(split="train")
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The content of `corpus.json`."""
+        return json.loads((self.folder / CORPUS_FILE).read_text(encoding="utf-8"))
 
     def column(self, name: str) -> list[Any]:
         """A scalar column: one value a slide."""
@@ -55,10 +107,10 @@ class Corpus:
         columns = (self.column(name) for name in ("id", "patient", "num_spots"))
         return [SlideRecord(*row) for row in zip(*columns, strict=True)]
 
-    @cached_property
+    @property
     def target_sum(self) -> float:
         """Counts per spot at which gene statistics and vectors were computed."""
-        return json.loads((self.folder / CORPUS_FILE).read_text(encoding="utf-8"))["target_sum"]
+        return self.facts["target_sum"]
 
     def images(self, processor: STPatchProcessor) -> "CorpusImages":
         """Every slide as an image of `processor`, made when it is first asked for."""

@@ -169,9 +169,14 @@ def numpy_row(table: pa.Table, index: int = 0) -> dict[str, Any]:
 
 @dataclass
 class STCorpusConfig(datasets.BuilderConfig):
-    """Which rows: Parquet files of one row each, as `write_row` leaves them."""
+    """Which rows: Parquet files of one row each, as `write_row` leaves them.
+
+    Attributes:
+        states: of the files, whatever tells one content of them from another; what is cached belongs to these.
+    """
 
     files: Sequence[str] = ()
+    states: Sequence[Any] = ()
 
 
 class STCorpus(datasets.ArrowBasedBuilder):

@@ -34,7 +34,7 @@ from eval.features import Method, baseline_methods, embedder_methods
 from eval.probes import PROBES
 from eval.results import run_metadata, write_results
 from eval.resumable import ScoreLog
-from modeling_stimg.hub import FoundModel, find_model
+from modeling_stimg.hub import Found, find_model
 
 TRAINED = "stimg"
 
@@ -205,7 +205,7 @@ def wanted_rows(methods: list[Method], names: list[str]) -> list[Method]:
 
 def metadata_of(
     arguments: DomainDetectionArguments,
-    found: Mapping[str, FoundModel],
+    found: Mapping[str, Found],
     protocol: Protocol,
     plans: list[Plan],
     embedders: list[EncoderEmbedder],

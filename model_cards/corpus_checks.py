@@ -92,6 +92,8 @@ def _check_shards(folder: Path, shards: list[Path], report: dict[str, Any]) -> s
         )
     # In the order of the report, in which they were hashed.
     in_order = [shard_of[record["id"]] for record in report["records"] if record["id"] in shard_of]
+    if told.get("shards") != [shard.relative_to(folder).as_posix() for shard in in_order]:
+        raise ValueError(f"{CORPUS_FILE} of {folder} names other shards, or in another order: build it again.")
     if content_hash(in_order) != report["extra"].get("content_sha256"):
         raise ValueError(f"The rows of {folder} are not those that report.json was written of: build it again.")
     return set(shard_of)

@@ -1,4 +1,4 @@
-"""A model by its name: a folder, or a repository of the Hugging Face Hub at one of its revisions."""
+"""A model or a corpus by its name: a folder, or a repository of the Hugging Face Hub at one of its revisions."""
 
 import re
 from collections.abc import Sequence
@@ -24,9 +24,13 @@ WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+# How the Hub calls what is called so here, and where its repositories of that kind are.
+KINDS = {"model": ("model", ""), "corpus": ("dataset", "datasets/")}
+
+
 @dataclass(frozen=True)
-class FoundModel:
-    """A model on this machine.
+class Found:
+    """A model or a corpus on this machine.
 
     Attributes:
         name: the folder's own name, or the Hub id. folder: where its files are. commit: of the Hub; None of a folder.
@@ -38,11 +42,11 @@ class FoundModel:
 
     @property
     def hub(self) -> str | None:
-        """`ORG/NAME@COMMIT`, None of a folder: what to give to get the very same model again."""
+        """`ORG/NAME@COMMIT`, None of a folder: what to give to get the very same files again."""
         return None if self.commit is None else f"{self.name}@{self.commit}"
 
 
-def find_model(given: str, revision: str | None = None, weights: bool = True) -> FoundModel:
+def find_model(given: str, revision: str | None = None, weights: bool = True) -> Found:
     """The model of a folder, or of the Hub, whose files are downloaded into the cache where they are not in it yet.
 
     Args:
@@ -54,24 +58,39 @@ def find_model(given: str, revision: str | None = None, weights: bool = True) ->
         ValueError: a revision of a folder, or two of them; a model of another type, or damaged weights.
         OSError: the Hub cannot be reached, or refuses the token.
     """
+    found = find_files(given, FILES + WEIGHTS if weights else FILES, revision)
+    _check(found.folder, given, weights)
+    return found
+
+
+def find_files(given: str, files: Sequence[str], revision: str | None = None, kind: str = "model") -> Found:
+    """The files of a model or a corpus, unlooked at.
+
+    Args:
+        given, revision: as in `find_model`. files: patterns of what is needed of a repository. kind: one of `KINDS`.
+
+    Raises:
+        FileNotFoundError: no such folder or repository; or a private one. ValueError: a revision of a folder, or two
+        of them. OSError: the Hub cannot be reached, or refuses the token.
+    """
     folder = Path(given)
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"{given} is a folder and has no revision {revision!r}: only models of the Hub have some.")
-        return FoundModel(folder.resolve().name, _checked(folder, given, weights))
+            raise ValueError(f"{given} is a folder and has no revision {revision!r}: only the Hub has revisions.")
+        return Found(folder.resolve().name, folder)
     name, at, named = given.partition("@")
     if folder.is_absolute() or given.startswith(".") or not _REPOSITORY.fullmatch(name) or (at and not named):
         raise FileNotFoundError(
-            f"There is no model folder {given}: give a folder or a Hub id (ORG/NAME, ORG/NAME@REVISION)."
+            f"There is no {kind} folder {given}: give a folder or a Hub id (ORG/NAME, ORG/NAME@REVISION)."
         )
     if named and revision is not None and named != revision:
         raise ValueError(f"{given} names a revision, and {revision!r} is another one: give one of them.")
-    folder = _download(name, named or revision, FILES + WEIGHTS if weights else FILES)
-    return FoundModel(name, _checked(folder, given, weights), folder.name)
+    folder = _download(name, named or revision, files, kind)
+    return Found(name, folder, folder.name)
 
 
-def _checked(folder: Path, given: str, weights: bool) -> Path:
-    """The folder, which has to hold a model of ours, as far as its files tell without being loaded."""
+def _check(folder: Path, given: str, weights: bool) -> None:
+    """The folder has to hold a model of ours, as far as its files tell without being loaded."""
     if not (folder / PROCESSOR_FILE).exists():
         raise FileNotFoundError(
             f"{given} holds no {PROCESSOR_FILE}: expected a model folder, as train/run_pretrain.py writes it."
@@ -80,22 +99,23 @@ def _checked(folder: Path, given: str, weights: bool) -> Path:
         check_model_files(folder, given)
     else:
         check_model_type(folder, given)
-    return folder
 
 
-def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
+def _download(name: str, revision: str | None, files: Sequence[str], kind: str) -> Path:
     """The folder of a repository's snapshot; every way of not having one as one sentence."""
     shown = name if revision is None else f"{name}@{revision}"
+    repo_type, place = KINDS[kind]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=list(files)))
     except GatedRepoError:
         raise FileNotFoundError(
-            f"{name} is for those who asked for it: ask on {constants.ENDPOINT}/{name}, then log in (hf auth login)."
+            f"{name} is for those who asked for it: ask on {constants.ENDPOINT}/{place}{name}, then log in (hf auth "
+            "login)."
         ) from None
     except RepositoryNotFoundError:
         raise FileNotFoundError(
-            f"There is no model folder {name}, and no model {name} on {constants.ENDPOINT}, or it is private: check "
-            "the name, or log in (hf auth login, or HF_TOKEN) with a token that may read it."
+            f"There is no {kind} folder {name}, and no {repo_type} {name} on {constants.ENDPOINT}, or it is private: "
+            "check the name, or log in (hf auth login, or HF_TOKEN) with a token that may read it."
         ) from None
     except RevisionNotFoundError:
         raise FileNotFoundError(
@@ -105,7 +125,7 @@ def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
         if is_offline_mode():
             raise FileNotFoundError(
                 f"{shown} is not in the cache ({constants.HF_HUB_CACHE}), or not all of it, and HF_HUB_OFFLINE is set: "
-                "unset it once to download the model, or give a folder."
+                f"unset it once to download the {kind}, or give a folder."
             ) from None
         raise OSError(_not_reached(shown, error)) from None
     except HfHubHTTPError as error:
@@ -126,4 +146,4 @@ def _not_reached(shown: str, error: Exception) -> str:
     )
 
 
-__all__ = ["FoundModel", "find_model"]
+__all__ = ["Found", "find_files", "find_model"]

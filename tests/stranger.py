@@ -25,10 +25,16 @@ import numpy as np
 
 sys.modules["modeling_stimg"] = None
 sys.path = [path for path in sys.path if Path(path).resolve() != Path(sys.argv[2])]
-from transformers import (
-    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, AutoProcessor, pipeline
-)
 import anndata
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor, pipeline
+from transformers.utils import is_torchvision_available
+
+if transformers.__version__.startswith("5.17.") and not is_torchvision_available():
+    # What this version calls AutoImageProcessor only says that torchvision is missing.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+else:
+    from transformers import AutoImageProcessor
 
 told = json.loads(sys.argv[1])
 slide = anndata.read_h5ad(told["slide"])

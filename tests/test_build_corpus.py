@@ -22,6 +22,7 @@ from loopback import serving
 from safetensors.numpy import load_file
 
 from data_processing import build_corpus
+from data_processing.assembling import assemble
 from data_processing.open_corpus import Corpus
 from data_processing.phantom import PhantomTissue
 from data_processing.staging import row_file
@@ -126,6 +127,34 @@ def test_published_and_training_form_load_and_agree(corpus: Path, tmp_path: Path
     for row in range(4):
         for name in ("indptr", "indices", "counts", "barcode", "array_col"):
             assert published[row][name] == trained[row][name]
+
+
+def test_a_corpus_without_its_training_form_is_opened_from_its_shards(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "rows")
+    order = [corpus / "data" / f"s{number}.parquet" for number in (2, 0, 3)]
+    folder = tmp_path / "downloaded"
+    (folder / "data").mkdir(parents=True)
+    shards = [Path(shutil.copy(file, folder / "data")) for file in order]
+    built = assemble(folder, shards, Corpus(corpus).vocabulary, rank=0, progress=False)
+    assert built.column("id") == ["s2", "s0", "s3"]
+    rows = built.dataset.data.table.to_pylist()
+    shutil.rmtree(folder / "arrow")
+    opened = Corpus(folder)
+    assert opened.dataset.data.table.to_pylist() == rows, "in the order of the build, not in that of the names"
+    image = opened.images(STPatchProcessor(opened.vocabulary, window_size=6, num_channels=16))[0]
+    assert not image.values.counts.flags.owndata
+    assert not image.values.counts.flags.writeable, "the counts are the file's own pages"
+
+    shutil.copy(corpus / "data" / "s1.parquet", shards[1])  # as a download of another revision does
+    assert Corpus(folder).column("id") == ["s2", "s1", "s3"]
+    shards[1].write_bytes(shards[1].read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"rows of .*downloaded cannot be read \(.*\): download the corpus again"):
+        Corpus(folder).column("id")
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of 3 shards, e.g. data/s0.parquet: download"):
+        Corpus(folder).column("id")
 
 
 def test_statistics_are_those_of_the_slides(corpus: Path):

@@ -13,13 +13,14 @@ import pytest
 import torch
 from anndata import AnnData
 from hub_server import TOKEN, Hub, serving_hub
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import _http
 from model_results import write_domains
 from stranger import CLASSES, OPTIONS, embedding, stranger
 from transformers import ViTMAEConfig
 
 from data_processing.fingerprints import fingerprint, load_fingerprints, save_fingerprints
+from data_processing.open_corpus import Corpus, find_corpus
 from model_cards import fingerprint as fingerprints
 from model_cards.card import make_card
 from model_cards.fingerprint import TOLERANCE, compare_with_fingerprint, embed_in_fresh_process
@@ -140,6 +141,9 @@ def test_strangers_use_what_was_published(
     folder: Path, corpus: Path, hub: Hub, slides: dict[str, AnnData], tmp_path: Path, capsys
 ):
     assert command_line([str(folder), "--repo", REPO, "--private"]) == 0, capsys.readouterr().err
+    escaped = "data/s1@00002F.parquet"  # as ids of collections are
+    (corpus / "data" / "s1.parquet").rename(corpus / escaped)
+    edit(corpus / "corpus.json", "shards", ["data/s0.parquet", escaped, "data/s2.parquet"])
     assert command_line([str(corpus), "--repo", CORPUS, "--revision", "v1"]) == 0, capsys.readouterr().err
     assert command_line([str(corpus), "--repo", CORPUS]) == 0, capsys.readouterr().err
     assert hub.files(CORPUS, kind="dataset") == hub.files(CORPUS, "v1", kind="dataset")
@@ -412,6 +416,33 @@ def test_a_corpus_is_a_dataset_and_publishes_its_shards(corpus: Path, hub: Hub, 
     assert "dataset lab/corpus, branch main" in told
 
 
+def test_training_takes_a_published_corpus_and_gives_the_same_model(
+    corpus: Path, small_config: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    from small_pretraining import same_weights, train_corpus
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "rows")
+    assert command_line([str(corpus), "--repo", CORPUS, "--private"]) == 0, capsys.readouterr().err
+    commit = hub.repository(CORPUS, "dataset").branches["main"]
+    steps = {"max_steps": 3, "validation_slides": ["s1"]}
+    ours = train_corpus(small_config, tmp_path / "ours", corpus=corpus, **steps)
+    theirs = train_corpus(small_config, tmp_path / "theirs", corpus=CORPUS, **steps)
+    assert same_weights(ours, theirs)
+    told = [json.loads((model / "pretraining.json").read_text()) for model in (ours, theirs)]
+    assert [each.pop("corpus", None) for each in told] == [None, f"{CORPUS}@{commit}"]
+    assert [each["slides"] for each in told] == [told[0]["slides"]] * 2
+    assert ModelCard.load(theirs / "README.md").data.datasets == [CORPUS]
+    assert ModelCard.load(ours / "README.md").data.datasets is None
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked, written = len(hub.requests), {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").rglob("*.arrow")}
+    assert Corpus(find_corpus(f"{CORPUS}@{commit}").folder).column("id") == ["s0", "s1", "s2"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").rglob("*.arrow")} == written
+    assert (len(hub.requests), len(written)) == (asked, 1)
+    with pytest.raises(FileNotFoundError, match=r"lab/other is not in the cache .* download the corpus, or"):
+        find_corpus("lab/other")
+
+
 def cut_shard(corpus: Path, slides: dict[str, AnnData]) -> None:
     (corpus / "data" / "s1.parquet").write_bytes((corpus / "data" / "s1.parquet").read_bytes()[:-50])
 
@@ -455,6 +486,10 @@ def evaluation_content(corpus: Path, slides: dict[str, AnnData]) -> None:
     assert len(load_fingerprints(corpus / "evaluation.npz")) == 1
 
 
+def other_order(corpus: Path, slides: dict[str, AnnData]) -> None:
+    edit(corpus / "corpus.json", "shards", [f"data/s{number}.parquet" for number in (1, 0, 2)])
+
+
 def no_configs(corpus: Path, slides: dict[str, AnnData]) -> None:
     (corpus / "README.md").write_text("---\nlicense: other\n---\n# A corpus\n")
 
@@ -469,6 +504,7 @@ def no_configs(corpus: Path, slides: dict[str, AnnData]) -> None:
         (labelled_role, "s0 of {corpus} has the role labelled"),
         (evaluation_id, "s2 is evaluation slide S2 by its id"),
         (evaluation_content, "s1 has the content of evaluation slide held_out_tissue"),
+        (other_order, "corpus.json of {corpus} names other shards, or in another order"),
         (no_configs, "lacks configs"),
     ],
 )

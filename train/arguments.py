@@ -30,7 +30,10 @@ class CorpusArguments:
     )
     corpus: str | None = field(
         default=None,
-        metadata={"help": "Instead of slides: a folder that data_processing/build_corpus.py wrote."},
+        metadata={
+            "help": "Instead of slides: a folder that data_processing/build_corpus.py wrote, or such a dataset on the "
+            "Hub (ORG/NAME, ORG/NAME@REVISION)."
+        },
     )
     exclude: list[str] = field(
         default_factory=list,

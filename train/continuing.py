@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from data_processing.corpus import SlideRecord, load_pretraining
 from modeling_stimg import GeneVocabulary, STImageMAEConfig, STImageMAEForPreTraining, STPatchProcessor
-from modeling_stimg.hub import FoundModel, find_model
+from modeling_stimg.hub import Found, find_model
 
 # What the weights were made for. Values of another normalisation would mean something else to them.
 ARCHITECTURE = (
@@ -62,7 +62,7 @@ class Parent:
         return self.slides or []
 
 
-def find_parent(source: str, weights: bool = True) -> FoundModel:
+def find_parent(source: str, weights: bool = True) -> Found:
     """The model of a folder, whose `$VARIABLES` and `~` are expanded, or of the Hub: see `find_model`."""
     return find_model(os.path.expanduser(os.path.expandvars(source)), weights=weights)
 

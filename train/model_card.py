@@ -22,6 +22,7 @@ class CardFacts:
         name: of the model. records, held_out: slides that were trained on, and that the loss was evaluated on.
         parent: name of the model that was gone on from, and the slides that this one saw (None: it does not say).
         arguments: of the run. num_parameters: of the whole model, decoder included.
+        corpus: of the Hub, `ORG/NAME@COMMIT`; None of slides and corpora on disk.
     """
 
     name: str
@@ -33,11 +34,17 @@ class CardFacts:
     probed: Sequence[str]
     parent: tuple[str, Sequence[SlideRecord] | None] | None
     arguments: dict[str, Any]
+    corpus: str | None = None
 
 
 def write_card(facts: CardFacts, log_history: Sequence[dict[str, Any]]) -> ModelCard:
     """The card of a model with its Hub metadata, which `ModelCard.save` writes."""
-    data = ModelCardData(library_name="transformers", tags=list(TAGS), pipeline_tag="feature-extraction")
+    data = ModelCardData(
+        library_name="transformers",
+        tags=list(TAGS),
+        pipeline_tag="feature-extraction",
+        datasets=None if facts.corpus is None else [facts.corpus.partition("@")[0]],
+    )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {facts.name}\n",
         describe_model(facts),
@@ -81,7 +88,8 @@ def describe_usage(facts: CardFacts) -> str:
 
 def describe_slides(facts: CardFacts) -> str:
     """Which slides it was trained on, evaluated on while it trained, probed with, and inherits."""
-    lines = ["## Slides\n", f"Trained on {listed(facts.records)}"]
+    source = "" if facts.corpus is None else f", of the corpus `{facts.corpus}`"
+    lines = ["## Slides\n", f"Trained on {listed(facts.records)}{source}"]
     if facts.held_out:
         lines.append(f"\nHeld out, for the evaluation loss alone: {listed(facts.held_out)}")
     if facts.probed:

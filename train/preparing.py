@@ -1,6 +1,5 @@
 """What pretraining starts from: a processor with gene statistics, and slides as images, from files or from a corpus."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ class Prepared:
 
     Attributes:
         images: slides to train on, and `records` what to tell of them. held_out_images: those to evaluate on.
+        corpus: of the Hub, `ORG/NAME@COMMIT`, that they come from.
     """
 
     processor: STPatchProcessor
@@ -40,6 +40,7 @@ class Prepared:
     records: list[SlideRecord]
     held_out_images: Sequence[SlideImage]
     held_out_records: list[SlideRecord]
+    corpus: str | None = None
 
 
 def prepare(
@@ -52,7 +53,7 @@ def prepare(
             statistics are gone on from.
     """
     if corpus.corpus:
-        return open_prepared(os.path.expanduser(os.path.expandvars(corpus.corpus)), corpus, model, seed, parent)
+        return open_prepared(corpus.corpus, corpus, model, seed, parent)
     slides = read_slides(find_slides(corpus.slides, corpus.exclude), progress=tell)
     records = slide_records(slides)
     held_out = set(choose_validation(records, corpus.validation_slides, seed, seen_names(parent)))
@@ -119,12 +120,13 @@ def _after_parent(vocabulary: GeneVocabulary, parent: Parent | None) -> GeneVoca
 
 
 def open_prepared(
-    folder: str, corpus: CorpusArguments, model: ModelArguments, seed: int, parent: Parent | None
+    given: str, corpus: CorpusArguments, model: ModelArguments, seed: int, parent: Parent | None
 ) -> Prepared:
-    """The same for a corpus on disk, whose gene statistics are used where they were computed at this `target_sum`."""
-    from data_processing.open_corpus import Corpus
+    """The same for a corpus, whose gene statistics are used where they were computed at this `target_sum`."""
+    from data_processing.open_corpus import Corpus, find_corpus
 
-    built = Corpus(folder)
+    found = find_corpus(given)
+    built = Corpus(found.folder)
     records = built.records()
     held_out = set(choose_validation(records, corpus.validation_slides, seed, seen_names(parent)))
     kept = [i for i, record in enumerate(records) if record.name not in held_out]
@@ -139,7 +141,8 @@ def open_prepared(
         vocabulary, images = renumbered(built, vocabulary, options, parent.processor.vocabulary)
     processor = STPatchProcessor(vocabulary, normalization=corpus.normalization, **options)
     aside = ImageView(images, [i for i in range(len(records)) if i not in set(kept)])
-    return Prepared(processor, ImageView(images, kept) if held_out else images, *_apart(records, held_out, aside))
+    images = ImageView(images, kept) if held_out else images
+    return Prepared(processor, images, *_apart(records, held_out, aside), corpus=found.hub)
 
 
 def renumbered(

@@ -98,6 +98,8 @@ def lineage(data: Prepared, parent: Parent | None) -> tuple[list[SlideRecord], d
     own = {record.name for record in data.records}
     inherited = [] if parent is None else [record for record in parent.seen if record.name not in own]
     told: dict[str, Any] = {"validation_slides": [dataclasses.asdict(record) for record in data.held_out_records]}
+    if data.corpus is not None:
+        told["corpus"] = data.corpus
     if parent is not None:
         slides = None if parent.slides is None else [record.name for record in parent.slides]
         told["parent"] = {"name": parent.name, "slides": slides}
@@ -139,4 +141,5 @@ def card_facts(
         probed=[slide.image.name for slide in probe_slides],
         parent=None if parent is None else (parent.name, parent.slides),
         arguments=arguments,
+        corpus=data.corpus,
     )

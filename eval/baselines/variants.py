@@ -162,7 +162,9 @@ def _sources(corpus: CorpusArguments) -> list[Path]:
     table = [] if corpus.gene_table is None else [Path(os.path.expanduser(os.path.expandvars(corpus.gene_table)))]
     if corpus.corpus is None:
         return [*find_slides(corpus.slides, corpus.exclude), *table]
-    folder = Path(os.path.expanduser(os.path.expandvars(corpus.corpus)))
+    from data_processing.open_corpus import find_corpus
+
+    folder = find_corpus(corpus.corpus).folder
     described = [folder / "corpus.json", folder / "genes.json"]
     missing = [path for path in described if not path.is_file()]
     if missing:
@@ -179,9 +181,9 @@ def _least_windows(corpus: CorpusArguments, model: ModelArguments, training: Pre
         return training.max_steps * training.windows_a_step
     if corpus.corpus is None:
         return None
-    from data_processing.open_corpus import Corpus
+    from data_processing.open_corpus import Corpus, find_corpus
     from modeling_stimg import STPatchProcessor
 
-    built = Corpus(os.path.expanduser(os.path.expandvars(corpus.corpus)))
+    built = Corpus(find_corpus(corpus.corpus).folder)
     images = built.images(STPatchProcessor(built.vocabulary))  # none of them is opened
     return round(training.num_train_epochs * windows_per_epoch(images, sizes, corpus.coverage, model.sample_unit))
