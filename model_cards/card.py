@@ -35,7 +35,7 @@ from model_cards.card_facts import (
 from model_cards.card_results import region_lines, throughput_lines, where_simple_wins
 from model_cards.model_index import eval_results
 from model_cards.training_slides import describe_training_slides
-from train.model_card import TAGS, CardFacts, describe_model
+from train.model_card import TAGS, CardFacts, describe_model, describe_pipeline
 
 # Of `pretraining.json`, but no field of the training script.
 COUNTED = ("num_windows", "num_spots_seen", "steps_done")
@@ -92,13 +92,7 @@ def _corpus(folder: ModelFolder) -> str | None:
 
 def _usage(options: CardOptions) -> str:
     return (
-        "## Use\n\n```python\n"
-        "from transformers import AutoModel, AutoProcessor\n\n"
-        f'model, processor = (auto.from_pretrained("{options.repo}", trust_remote_code=True) '
-        "for auto in (AutoModel, AutoProcessor))\n"
-        'image = processor.slide_to_image(adata)  # AnnData: raw counts; obs["array_row"], obs["array_col"]\n'
-        "embedding = model.embed(image, processor)  # float32 (spots of the image, width)\n"
-        "```\n\nWith the package `stimg`, which reads all common files and writes into the AnnData:\n\n```bash\n"
+        f"## Use\n\n{describe_pipeline(options.repo)}\nWith the package `stimg`, which reads all common files and writes into the AnnData:\n\n```bash\n"
         f"stimg embed slide.h5ad --model {options.repo} --output embedded.h5ad\n```\n"
     )
 

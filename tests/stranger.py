@@ -54,6 +54,11 @@ for name, revision in told["models"]:
     for part in (config, *models, *processors, pipe):
         classes.setdefault(type(part).__name__, type(part).__module__.split(".")[0])
     str(pipe.model.config)
+if told["card"]:
+    from huggingface_hub import ModelCard
+    scope = {"adata": slide}
+    exec(ModelCard.load(told["card"]).text.split("```python")[1].split("```")[0], scope)
+    embeddings["card"] = scope["embedding"]
 if told["dataset"]:
     import datasets
     for key, streaming in (("", False), (" streamed", True)):
@@ -72,11 +77,12 @@ def stranger(
     """What the process makes of the Hub: arrays by name, and where its classes come from.
 
     Args:
-        folder: keeps its cache. told: `slide`, a file; `models`, pairs of a repository and a revision; `dataset`.
+        folder: keeps its cache. told: `slide`, a file; `models`, pairs of a repository and a revision;
+            `card`, of which repository the first lines of Python are run; `dataset`.
     """
     root = str(Path(__file__).parents[1])
     environment = {"PATH": os.environ.get("PATH", ""), "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-    told = {"output": str(folder / "made.npz"), "options": OPTIONS, "dataset": None, **told}
+    told = {"output": str(folder / "made.npz"), "options": OPTIONS, "card": None, "dataset": None, **told}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(told), root],
         capture_output=True,

@@ -17,16 +17,18 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import _http
 from safetensors.torch import load
 from stranger import CLASSES, OPTIONS, embedding, stranger
-from transformers import AutoModelForPreTraining, pipeline
+from transformers import AutoModelForPreTraining, AutoProcessor, pipeline
 
 from eval import run_masked_loss
 from modeling_stimg import (
     STFeatureExtractionPipeline,
     STImageMAEForPreTraining,
+    STImageMAEModel,
     STPatchProcessor,
     cli,
 )
 from modeling_stimg.hub import find_model
+from modeling_stimg.model_files import PICKLES
 from train.checkpoints import last_whole_checkpoint
 from train.continuing import load_parent, parent_fields
 from train.pushing import NotPushedError
@@ -151,11 +153,9 @@ def test_run_in_the_hub_is_a_model_and_nothing_else(trained: SimpleNamespace, tm
     assert {name for name in final if "/" not in name} == MODEL | told
     for name in MODEL | told - {".gitattributes"}:
         assert final[name] == (trained.output / name).read_bytes(), name
-    (tmp_path / "checkpoint-10").mkdir()
-    for name in final:
-        if name.startswith("last-checkpoint/"):
-            (tmp_path / "checkpoint-10" / name.removeprefix("last-checkpoint/")).write_bytes(final[name])
-    assert last_whole_checkpoint(tmp_path)[0].name == "checkpoint-10"
+    last = {name.removeprefix("last-checkpoint/"): content for name, content in final.items() if "/" in name}
+    newest, _ = last_whole_checkpoint(trained.output)
+    assert last == {name: (newest / name).read_bytes() for name in MODEL}
 
     titles = [commit.title for commit in trained.repository.history]
     assert titles[-1] == "Model save"
@@ -168,7 +168,6 @@ def test_run_in_the_hub_is_a_model_and_nothing_else(trained: SimpleNamespace, tm
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
     everything = [f for commit in trained.repository.history for f in commit.files.items()]
-    assert not [name for name, _ in everything if name.endswith("training_args.bin")]
     assert not [name for name, content in everything if TOKEN.encode() in content]
     assert not [path for path in trained.output.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert not list(trained.output.glob(".pushing*"))
@@ -208,8 +207,14 @@ def test_every_strategy_leaves_what_it_says(
         titles = [commit.title for commit in hub.repository(name).history[1:]]
         during = [] if strategy == "end" else [f"Training in progress, step {step}" for step in (2, 4)]
         assert titles == [*during, "Model save"]
-        folders = {path.split("/")[0] for path in hub.files(name, branch) if "/" in path}
-        assert folders == ({"checkpoint-2", "checkpoint-4"} if strategy == "all_checkpoints" else set())
+        folders = {"checkpoint-2", "checkpoint-4"} if strategy == "all_checkpoints" else set()
+        assert {path for path in hub.files(name, branch) if "/" in path} == {f"{f}/{m}" for f in folders for m in MODEL}
+    pickles = {n for r in hub.repositories.values() for c in r.history for n in c.files if Path(n).suffix in PICKLES}
+    assert not pickles, "of no strategy, in no commit"
+    weights = [STImageMAEModel.from_pretrained(name, subfolder=f).layernorm.weight for f in ("checkpoint-2", "")]
+    assert not torch.equal(*weights)
+    first, last = (AutoProcessor.from_pretrained(name, subfolder=f) for f in ("checkpoint-2", ""))
+    assert first.vocabulary == last.vocabulary
 
 
 def test_failing_push_costs_nothing_but_itself(

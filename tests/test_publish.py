@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from anndata import AnnData
 from hub_server import TOKEN, Hub, serving_hub
 from huggingface_hub import HfApi, ModelCard, constants
@@ -111,6 +112,21 @@ def test_gathering_leaves_behind_what_is_only_of_the_run(published: Path, small_
         gather(small_model, published)
 
 
+def test_the_config_in_the_card_makes_the_model_again(
+    published: Path, small_model: Path, small_config: Path, tmp_path: Path
+):
+    from small_pretraining import same_weights, train_here
+
+    from train.provenance import DECIDING
+
+    config = (published / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    assert set(DECIDING) <= set(yaml.safe_load(config)), "Adam's settings, and all others that decide"
+    (tmp_path / "config.yaml").write_text(config)
+    fields = {"slides": [str(small_config.parent / "slides" / "*.h5ad")], "use_cpu": True, "num_cpu_threads": 1}
+    again = train_here(tmp_path / "config.yaml", tmp_path / "again", **fields, save_strategy="no")
+    assert same_weights(again, small_model)
+
+
 def test_a_model_is_published_and_updated_each_in_one_commit(folder: Path, hub: Hub, capsys):
     first = content(folder)
     words = [str(folder), "--repo", REPO, "--private"]
@@ -149,10 +165,11 @@ def test_strangers_use_what_was_published(
     assert hub.files(CORPUS, kind="dataset") == hub.files(CORPUS, "v1", kind="dataset")
     slide = tmp_path / "slide.h5ad"
     slides["staggered"].write_h5ad(slide)
-    made, classes = stranger(hub, tmp_path, TOKEN, slide=str(slide), models=[(REPO, None)], dataset=CORPUS)
+    made, classes = stranger(hub, tmp_path, TOKEN, slide=str(slide), models=[(REPO, None)], card=REPO, dataset=CORPUS)
     assert (set(classes), set(classes.values())) == (CLASSES, {"transformers_modules"})
     for key, options in (("", {}), (" options", OPTIONS)):
         np.testing.assert_array_equal(made[f"{REPO}@None{key}"], embedding(folder, slides["staggered"], **options))
+    np.testing.assert_array_equal(made["card"], made[f"{REPO}@None"])
     rows = datasets.load_from_disk(str(corpus / "arrow"))
     for key in ("", " streamed"):
         assert made[f"id{key}"].tolist() == rows["id"][:] == ["s0", "s1", "s2"]

@@ -345,11 +345,13 @@ def test_model_card_tells_of_this_run_alone(held_out: Path, slides):
 
 def test_code_of_the_model_card_runs(held_out: Path, small_config: Path, monkeypatch: pytest.MonkeyPatch):
     text = ModelCard.load(held_out / "README.md").text
-    code = text.split("```python")[1].split("```")[0].replace("slide.h5ad", f"{small_config.parent}/slides/square.h5ad")
+    alone, with_package = (block.split("```")[0] for block in text.split("```python")[1:])
     monkeypatch.chdir(held_out.parent)
     scope: dict = {}
-    exec(code, scope)
+    exec(with_package.replace("slide.h5ad", f"{small_config.parent}/slides/square.h5ad"), scope)
     assert scope["adata"].obsm["X_stimg"].shape == (scope["adata"].n_obs, 32)
+    exec(alone, scope)
+    np.testing.assert_array_equal(scope["embedding"], scope["adata"].obsm["X_stimg"])
 
 
 # ---------------------------------------------------------------- configs

@@ -75,9 +75,22 @@ def describe_model(facts: CardFacts) -> str:
     )
 
 
+def describe_pipeline(name: str) -> str:
+    """Three lines that need nothing but transformers."""
+    return (
+        "```python\n"
+        "from transformers import pipeline\n\n"
+        f'pipe = pipeline("st-feature-extraction", model="{name}", trust_remote_code=True)\n'
+        'embedding = pipe(adata)  # raw counts; obs["array_row"], obs["array_col"] -> float32 (spots, width)\n'
+        "```\n"
+    )
+
+
 def describe_usage(facts: CardFacts) -> str:
     return (
-        "## Use\n\n```python\n"
+        "## Use\n\nWith transformers alone, and the code in this folder:\n\n"
+        f"{describe_pipeline(facts.name)}\n"
+        "With the package `stimg`, which reads all common files:\n\n```python\n"
         "from modeling_stimg import STImageMAEModel, STPatchProcessor, embed_slide, read_slide\n\n"
         f'model, processor = (c.from_pretrained("{facts.name}") for c in (STImageMAEModel, STPatchProcessor))\n'
         'adata = read_slide("slide.h5ad")  # raw counts and array positions\n'

@@ -36,11 +36,10 @@ def told_arguments(
         num_windows: of the whole training. num_spots_seen: in these windows, repetitions counted.
     """
     paths = {"slides", "corpus", "gene_table", "init_from"}
-    told = ("max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16", "fp16")
     fields = {**dataclasses.asdict(corpus), **dataclasses.asdict(model)}
     return {
         **{k: v for k, v in fields.items() if k not in paths},
-        **{k: v for k, v in training.to_dict().items() if k in told},
+        **{k: v for k, v in training.to_dict().items() if k in DECIDING},
         "num_windows": num_windows,
         "num_spots_seen": num_spots_seen,
     }

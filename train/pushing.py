@@ -88,15 +88,15 @@ def stage_checkpoint(checkpoint: Path, staged: Path, also_as: str | None) -> boo
     """What a push in the middle of a run sends, but for what tells of the model.
 
     Args:
-        checkpoint: a whole one. staged: the new folder. also_as: folder in the repository for everything that a run
-            goes on from; None: not pushed.
+        checkpoint: a whole one. staged: the new folder. also_as: folder in the repository that keeps this model;
+            None: none. What a run goes on from stays here: PyTorch writes it as pickles.
 
     Returns:
         Whether the checkpoint holds a model that loads: not one that is spread over processes (FSDP).
     """
     link_files(checkpoint, staged, MODEL_FILES)
     if also_as is not None:
-        link_files(checkpoint, staged / also_as)
+        link_files(checkpoint, staged / also_as, MODEL_FILES)
     return any(staged.glob("model*.safetensors"))
 
 
