@@ -7,7 +7,7 @@ SciPy or Matplotlib is imported when it is first used (PEP 562).
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_stimg import STImageMAEConfig
@@ -34,6 +34,8 @@ _LAZY = {
 AutoConfig.register(STImageMAEConfig.model_type, STImageMAEConfig)
 AutoModel.register(STImageMAEConfig, STImageMAEModel)
 AutoModelForPreTraining.register(STImageMAEConfig, STImageMAEForPreTraining)
+# By way of AutoImageProcessor it would hide why a processor cannot be loaded.
+AutoProcessor.register(STImageMAEConfig, STPatchProcessor)
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=STFeatureExtractionPipeline, pt_model=AutoModel)
 try:
     # From its own module: of `transformers` itself, 5.17 gives out a stand-in that asks for torchvision, because the

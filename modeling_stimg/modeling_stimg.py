@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -281,10 +282,17 @@ class STImageMAEPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: no such file: other forms of weights are pickles, which are read where `use_safetensors=False` asks
                 for it.
-            ValueError: a config of another model type.
+            ValueError: a config of another model type. SafetensorError: weights that are damaged or cut off.
         """
         kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            # The same type, which pipelines hand on, where they fold others into their own report.
+            raise SafetensorError(
+                f"The weights of {pretrained_model_name_or_path} are damaged or cut off, or no safetensors ({error}): "
+                "download or copy the model again."
+            ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write weights, config and the code that reads them, so that every Auto class and the pipeline find theirs."""

@@ -44,7 +44,7 @@ class STFeatureExtractionPipeline(Pipeline):
             what is not given is as in the model's `config.embedding_defaults`. Also taken by the call.
 
     Raises:
-        ValueError: an option that does not exist.
+        ValueError: an option that does not exist, or a model of another type.
     """
 
     _load_tokenizer = False
@@ -55,6 +55,11 @@ class STFeatureExtractionPipeline(Pipeline):
     _load_image_processor = None
 
     def __init__(self, model: Any, image_processor: Any = None, **kwargs: Any):
+        if not hasattr(model, "embed"):
+            raise ValueError(
+                f"{model.name_or_path} is a model of type {model.config.model_type!r}: the {TASK} pipeline expects an "
+                "STImageMAE."
+            )
         if image_processor is None:
             image_processor = STPatchProcessor.from_pretrained(model.name_or_path, **_revision_of(model))
         # Loading puts classes there, which no config.json can hold.

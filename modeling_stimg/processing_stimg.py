@@ -370,6 +370,9 @@ class STPatchProcessor(BaseImageProcessor):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write `preprocessor_config.json`, `genes.json` and the code that reads them."""
         self.register_for_auto_class()
+        # Named for AutoProcessor too, which hides every error of what AutoImageProcessor finds.
+        code = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.auto_map = {**(getattr(self, "auto_map", None) or {}), "AutoProcessor": code}
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         return [*files, os.path.join(save_directory, GENES_FILE)]
 

@@ -22,7 +22,8 @@ FINISHED = ".finished"
 # Not test_transformers_image_processor.py: the common tests that it fits into have another form in 5.17.
 TESTS = (
     *("test_modeling.py", "test_processing.py", "test_embedding.py", "test_auto_classes.py", "test_trust.py"),
-    *("test_reconstruction.py", "test_transformers_common.py", "test_publish.py", "test_pretrain.py"),
+    *("test_reconstruction.py", "test_transformers_common.py", "test_publish.py", "test_card.py", "test_hub.py"),
+    *("test_pretrain.py", "test_resume.py", "test_continue.py"),
 )
 
 

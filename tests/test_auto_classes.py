@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from anndata import AnnData
+from test_trust import damaged, pickle_by_another_name, pickled_weights, tampered_genes, truncated_weights
 
 from modeling_stimg import STImageMAEForPreTraining, STImageMAEModel, STPatchProcessor
 
@@ -15,7 +16,7 @@ SCRIPT = """
 import json, sys
 import numpy as np
 
-folder, slide, output, package = sys.argv[1:]
+folder, slide, output, package = sys.argv[1:5]
 if package == "with":
     import modeling_stimg
 else:
@@ -40,7 +41,15 @@ image = processors[0].slide_to_image(anndata.read_h5ad(slide))
 embeddings = [m.embed(image, p, readout="both") for m in (model, pretraining) for p in processors]
 assert all(np.array_equal(e, embeddings[0]) for e in embeddings)
 np.save(output, embeddings[0])
+refused = {}
+for damaged in (sys.argv[5:]):
+    try:
+        for auto in (AutoProcessor, AutoModel, AutoModelForPreTraining):
+            auto.from_pretrained(damaged, **trust)
+    except Exception as error:
+        refused[damaged] = str(error)
 print(json.dumps({
+    "refused": refused,
     "config": type(config).__name__,
     "classes": [type(x).__name__ for x in (model, pretraining, *processors)],
     "modules": [type(x).__module__.split(".")[0] for x in (model, pretraining, *processors)],
@@ -56,8 +65,17 @@ def test_every_auto_class_loads_the_folder_and_embeds_alike(
 ):
     slide, output = tmp_path / "slide.h5ad", tmp_path / "embedding.npy"
     slides["staggered"].write_h5ad(slide)
+    spoilt = {
+        damaged(checkpoint, tmp_path / damage.__name__, damage): message
+        for damage, message in {
+            tampered_genes: "genes.json is not the file that the processor was saved with",
+            truncated_weights: "are damaged or cut off, or no safetensors (",
+            pickle_by_another_name: "are damaged or cut off, or no safetensors (",
+            pickled_weights: "no file named model.safetensors",
+        }.items()
+    }
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(checkpoint), str(slide), str(output), package],
+        [sys.executable, "-c", SCRIPT, *map(str, (checkpoint, slide, output, package, *spoilt))],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -70,6 +88,9 @@ def test_every_auto_class_loads_the_folder_and_embeds_alike(
     assert told["classes"] == ["STImageMAEModel", "STImageMAEForPreTraining", "STPatchProcessor", "STPatchProcessor"]
     assert set(told["modules"]) == ({"modeling_stimg"} if package == "with" else {"transformers_modules"})
     assert told["problems"] == [[]] * 6
+    for folder, message in spoilt.items():
+        assert message in told["refused"][str(folder)], folder.name
+        assert "\n" not in told["refused"][str(folder)], folder.name
     assert "UNEXPECTED" not in run.stderr
 
     processor = STPatchProcessor.from_pretrained(checkpoint)

@@ -4,15 +4,18 @@ import ast
 import json
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from anndata import AnnData
-from transformers import ViTMAEConfig
+from safetensors import SafetensorError
+from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor, ViTMAEConfig, pipeline
 
-from modeling_stimg import STImageMAEConfig, STImageMAEModel
+from modeling_stimg import STImageMAEConfig, STImageMAEModel, STPatchProcessor
 from modeling_stimg.cli import main
+from train.continuing import load_parent
 
 ROOT = Path(__file__).parents[1]
 # Tests pickle objects of their own, as loader workers do.
@@ -59,7 +62,7 @@ def config_of_no_model(folder: Path) -> None:
 
 def missing_part(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"layernorm.weight": "model-00001-of-00002.safetensors"}}
+    index = {"metadata": {"total_size": 1}, "weight_map": {"layernorm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -98,12 +101,52 @@ def test_a_damaged_model_ends_in_one_sentence_status_2_and_no_file(
     assert not list(output.iterdir())
 
 
-def test_the_library_itself_reads_safetensors_alone_and_no_other_type(checkpoint: Path, tmp_path: Path):
-    pickled = damaged(checkpoint, tmp_path / "pickled", pickled_weights)
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        STImageMAEModel.from_pretrained(pickled)
-    with pytest.raises(ValueError, match="of type 'vit_mae': expected 'st_image_mae'"):
-        STImageMAEModel.from_pretrained(damaged(checkpoint, tmp_path / "other", other_type))
+def load_by_class(model: Path, slide: AnnData) -> None:
+    STPatchProcessor.from_pretrained(model)
+    STImageMAEModel.from_pretrained(model)
+
+
+def load_automatically(model: Path, slide: AnnData) -> None:
+    for auto in (AutoProcessor, AutoModelForPreTraining, AutoModel):
+        auto.from_pretrained(model, trust_remote_code=False)
+
+
+def load_pipeline(model: Path, slide: AnnData) -> None:
+    pipeline("st-feature-extraction", model=str(model))(slide)
+
+
+def load_to_go_on(model: Path, slide: AnnData) -> None:
+    load_parent(str(model))
+
+
+CUT = r"weights of .* damaged or cut off.*: download or copy|is damaged or cut off at"
+REFUSALS = {
+    tampered_genes: "genes.json is not the file that the processor was saved with",
+    truncated_weights: CUT,
+    pickled_weights: r"no (file named )?model\.safetensors",
+    pickle_by_another_name: CUT,
+    other_type: "of type 'vit_mae'.* expect",
+    missing_part: r"model-00001-of-00002\.safetensors",
+}
+ENTRANCES = (load_by_class, load_automatically, load_pipeline, load_to_go_on)
+
+
+@pytest.mark.parametrize(
+    ("damage", "entrance"),
+    # AutoModel makes whatever model a config names.
+    [pair for pair in product(REFUSALS, ENTRANCES) if pair != (other_type, load_automatically)],
+)
+def test_a_damaged_model_is_refused_at_every_entrance(
+    damage, entrance, checkpoint: Path, slides: dict[str, AnnData], tmp_path: Path
+):
+    model = damaged(checkpoint, tmp_path / "model", damage)
+    with pytest.raises((ValueError, OSError, SafetensorError), match=REFUSALS[damage]) as told:
+        entrance(model, slides["square"])
+    if not (entrance is load_pipeline and damage in (pickled_weights, missing_part)):  # transformers' own long report
+        assert "\n" not in str(told.value)
+
+
+def test_fields_of_another_type_make_no_config():
     with pytest.raises(ValueError, match="of type 'bert'"):
         STImageMAEConfig.from_dict({"model_type": "bert"})
 
