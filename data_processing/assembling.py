@@ -21,6 +21,7 @@ from data_processing.open_corpus import ARROW_FOLDER, CORPUS_FILE, Corpus
 from data_processing.st_corpus import STCorpus
 from data_processing.writing import write_whole
 from modeling_stimg import GeneVocabulary, STPatchProcessor
+from modeling_stimg.model_files import check_weights
 
 VECTORS_FILE = "gene_vectors.safetensors"
 
@@ -98,10 +99,14 @@ def load_vectors(corpus: Corpus, target_sum: float | str, rank: int) -> np.ndarr
     """The first `rank` leading gene vectors of a corpus, float32 (vocabulary, rank).
 
     None where it has fewer, or those of another `target_sum`.
+
+    Raises:
+        ValueError: the file is damaged or cut off.
     """
     path = corpus.folder / VECTORS_FILE
     if not path.exists() or target_sum != corpus.target_sum:
         return None
+    check_weights(path, str(corpus.folder))
     with safe_open(path, "np") as file:
         vectors = file.get_slice("vectors")
         return vectors[:, :rank] if vectors.get_shape()[1] >= rank else None

@@ -59,14 +59,14 @@ def check_model_type(folder: Path, model: str) -> None:
 
 
 def check_weights(path: Path, model: str) -> None:
-    """ValueError unless a safetensors file is as long as its header says; `model` is how the message calls it."""
+    """ValueError unless a safetensors file is as long as its header says; `model`: whose the message says it is."""
     try:
         with safe_open(path, "np") as file:
             file.keys()
     except SafetensorError as error:
         raise ValueError(
             f"{path.name} of {model} is damaged or cut off at {path.stat().st_size:,} bytes ({error}): download or "
-            "copy the model again."
+            "copy it again."
         ) from error
 
 

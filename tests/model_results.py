@@ -40,6 +40,17 @@ def write_domains(folder: Path, pretraining: dict[str, Any] | None) -> Path:
     return folder / "results.json"
 
 
+def write_throughput(folder: Path) -> Path:
+    """`results.json` as of eval/run_throughput.py windows."""
+    rng = np.random.default_rng(2)
+    records = [
+        {"slide": slide, "non_zeros": 215_638 + number, "windows_per_second": rng.random() * 700, "numpy": None}
+        for number, slide in enumerate(("her2st_F2", "her2st_F3"))
+    ]
+    write_results(folder, records, {"command": ["eval/run_throughput.py", "windows"]}, "")
+    return folder / "results.json"
+
+
 def write_regions(folder: Path) -> Path:
     """`results.json` as of eval/run_region_reconstruction.py."""
     rng, records = np.random.default_rng(1), []

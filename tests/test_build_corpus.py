@@ -22,7 +22,7 @@ from loopback import serving
 from safetensors.numpy import load_file
 
 from data_processing import build_corpus
-from data_processing.assembling import assemble
+from data_processing.assembling import assemble, load_vectors
 from data_processing.open_corpus import Corpus
 from data_processing.phantom import PhantomTissue
 from data_processing.staging import row_file
@@ -152,6 +152,10 @@ def test_a_corpus_without_its_training_form_is_opened_from_its_shards(
     shards[1].write_bytes(shards[1].read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"rows of .*downloaded cannot be read \(.*\): download the corpus again"):
         Corpus(folder).column("id")
+    vectors = tmp_path / "downloaded" / "gene_vectors.safetensors"
+    vectors.write_bytes((corpus / vectors.name).read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"gene_vectors.safetensors of .*downloaded is damaged or cut off"):
+        load_vectors(Corpus(folder), 1e4, 4)
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 1 of 3 shards, e.g. data/s0.parquet: download"):
         Corpus(folder).column("id")

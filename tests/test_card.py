@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from model_results import FEATURES, SETS, SPLITS, write_domains, write_regions
+from model_results import FEATURES, SETS, SPLITS, write_domains, write_regions, write_throughput
 
 from data_processing.corpus import SlideRecord, save_pretraining
 from eval.features import BY_DEFAULT
@@ -49,6 +49,7 @@ def folder(tmp_path: Path, checkpoint: Path) -> Path:
     (path / "loss.png").write_bytes(b"a curve")
     results, regions = write_domains(tmp_path / "domains", ARGUMENTS), write_regions(tmp_path / "regions")
     words = ["--repo", "org/tiny", "--results", str(results), "--regions", str(regions), "--watts", "65"]
+    words += ["--throughput", str(write_throughput(tmp_path / "throughput"))]
     main([str(path), *words, "--datasets", "org/corpus"])
     return path
 
@@ -118,12 +119,13 @@ def test_every_number_outside_of_code_is_in_a_file_of_the_folder(folder: Path):
         elif isinstance(value, str):
             known.update(re.findall(r"\d+", value))
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            known.update(f"{value:{form}}" for form in ("g", ",.0f", ".3f", ".4f", ",.1f"))
+            known.update(f"{value:{form}}" for form in ("g", ",.0f", ".3f", ".4f", ".4g", ",.1f"))
 
     for name in ("config.json", "preprocessor_config.json", "pretraining.json", "card.json"):
         add(json.loads((folder / name).read_text()))
     content = json.loads((folder / "results.json").read_text())
     add(content["metadata"])
+    add(records_of(folder, "throughput.json"))
     for source in by_source(SLIDES):  # rows of the manifest
         add([source.source, source.citation])
     known |= {"30"}  # 100 times the share of training spots, which the results tell as 0.3
@@ -144,6 +146,10 @@ def test_every_number_outside_of_code_is_in_a_file_of_the_folder(folder: Path):
     parameters = int(re.search(r"- ([\d,]+) parameters", model).group(1).replace(",", ""))
     add([*counts, len(vocabulary), parameters, sum(map(len, SPLITS.values())), 1, 2])
     known |= {f"{COST['seconds'] * 40 / 30 * 65 / 3.6e6:.3g}"}
+
+    (speed,) = tables(text)["Speed and memory"][1:2]
+    first = records_of(folder, "throughput.json")[0]
+    assert speed == [first["slide"], str(first["non_zeros"]), f"{first['windows_per_second']:.4g}", "–"]  # noqa: RUF001
 
     found = NUMBER.findall(body)
     assert len(found) > 150

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from safetensors.torch import load
 from stranger import CLASSES, OPTIONS, embedding, stranger
 from transformers import AutoModelForPreTraining, AutoProcessor, pipeline
 
+from data_processing.open_corpus import find_corpus
 from eval import run_masked_loss
 from modeling_stimg import (
     STFeatureExtractionPipeline,
@@ -88,13 +90,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *wor
     return stopped.value.code or 0, capsys.readouterr().err
 
 
-def test_what_is_pushed_is_what_is_saved(pushed: Hub, checkpoint: Path, here: Hub):
+def test_what_is_pushed_is_what_is_saved(pushed: Hub, checkpoint: Path):
     saved = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     files = pushed.files("lab/made")
     assert files.keys() == {*saved, "README.md"}
     assert {name: files[name] for name in saved} == saved
-    folder = Path(snapshot_download("lab/made"))
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".gitattributes"} == files
 
 
 def test_processor_saved_and_pushed_at_once_brings_its_genes(checkpoint: Path, here: Hub, tmp_path: Path):
@@ -114,6 +114,9 @@ def test_strangers_load_everything_and_embed_alike(
         middle = next(c.id for c in trained.repository.history if c.title == "Training in progress, step 5")
         models = [("lab/made", None), ("lab/made", "first"), ("lab/trained", None), ("lab/trained", middle)]
         folders = [Path(snapshot_download(name, revision=revision)) for name, revision in models]
+    for (name, revision), folder in zip(models, folders, strict=True):
+        found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert found == pushed.repository(name).commit(revision or "main").files
     slide = tmp_path / "slide.h5ad"
     slides["staggered"].write_h5ad(slide)
     made, classes = stranger(pushed, tmp_path, slide=str(slide), models=models)
@@ -348,6 +351,13 @@ def test_private_missing_and_misnamed_models_end_in_one_sentence(
     expected = "refuses the token" if token == "hf_unknowntoken" else "no model NAME on http://127.0.0.1"
     assert expected in said["lab/secret"]
     assert not (tmp_path / "x.h5ad").exists()
+    for find, kind in ((load_parent, "model"), (find_corpus, "dataset")):
+        if kind == "dataset":
+            pushed.repositories[kind, "lab/secret"] = replace(pushed.repository("lab/secret"), kind=kind)
+        with pytest.raises(OSError, match=r"refuses the token|or it is private: check") as told:
+            find("lab/secret")
+        assert "\n" not in str(told.value)
+        assert not token or token not in str(told.value)
     if token != "hf_unknowntoken":
         with pytest.raises(RepositoryNotFoundError):
             snapshot_download("lab/secret")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from anndata import AnnData
 from hub_server import TOKEN, Hub, serving_hub
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.utils import _http
 from model_results import write_domains
 from stranger import CLASSES, OPTIONS, embedding, stranger
@@ -162,7 +162,13 @@ def test_strangers_use_what_was_published(
     edit(corpus / "corpus.json", "shards", ["data/s0.parquet", escaped, "data/s2.parquet"])
     assert command_line([str(corpus), "--repo", CORPUS, "--revision", "v1"]) == 0, capsys.readouterr().err
     assert command_line([str(corpus), "--repo", CORPUS]) == 0, capsys.readouterr().err
-    assert hub.files(CORPUS, kind="dataset") == hub.files(CORPUS, "v1", kind="dataset")
+    with pytest.MonkeyPatch.context() as inside:
+        inside.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+        found = Path(snapshot_download(CORPUS, repo_type="dataset", revision="v1"))
+    names = {path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()} - {".gitattributes"}
+    assert {name: (found / name).read_bytes() for name in names} == hub.files(CORPUS, kind="dataset")
+    assert {name: (corpus / name).read_bytes() for name in names} == hub.files(CORPUS, kind="dataset")
+    assert {"data/s0.parquet", escaped, "genes.json", "report.json"} < names
     slide = tmp_path / "slide.h5ad"
     slides["staggered"].write_h5ad(slide)
     made, classes = stranger(hub, tmp_path, TOKEN, slide=str(slide), models=[(REPO, None)], card=REPO, dataset=CORPUS)

@@ -220,6 +220,20 @@ def test_what_unpickles_nothing_is_left_alone():
     )
 
 
+def test_code_of_a_repository_is_run_in_one_place_alone():
+    """In the process that publishing starts to see that a model loads; everywhere else our own code reads files."""
+    found = {
+        str(path.relative_to(ROOT)): ast.unparse(keyword.value)
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "trust_remote_code"
+    }
+    assert found == {"model_cards/fresh_process.py": "True"}
+
+
 def test_nothing_in_the_project_unpickles_a_foreign_file():
     paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     assert {path.relative_to(ROOT).parts[0] for path in paths} == set(FOLDERS)
