@@ -237,6 +237,14 @@ def test_an_unknown_cost_is_said_to_be_unknown(folder: Path):
     assert "kWh" not in (folder / "README.md").read_text()
 
 
+def test_the_corpus_that_was_trained_on_is_named_where_no_other_is(folder: Path):
+    save_pretraining(folder, SLIDES, ARGUMENTS, {"corpus": "lab/corpus@0123456789"})
+    make_card(folder, {})
+    assert ModelCard.load(folder / "README.md").data.datasets == ["org/corpus"]
+    make_card(folder, {"datasets": []})
+    assert ModelCard.load(folder / "README.md").data.datasets == ["lab/corpus"]
+
+
 def test_the_config_in_the_card_is_one_that_the_training_script_reads(folder: Path, tmp_path: Path):
     text = (folder / "README.md").read_text()
     written = text.split("```yaml\n")[1].split("```")[0]
