@@ -53,7 +53,7 @@ def write_card(folder: ModelFolder) -> ModelCard:
         license=options.licence,
         tags=list(TAGS),
         pipeline_tag="feature-extraction",
-        datasets=list(options.datasets) or [name for name in [_corpus(folder)] if name] or None,
+        datasets=list(options.datasets) or _corpora(folder),
         model_name=options.repo.split("/")[-1],
         eval_results=eval_results(folder),
     )
@@ -85,14 +85,16 @@ def _run_facts(folder: ModelFolder) -> CardFacts:
     )
 
 
-def _corpus(folder: ModelFolder) -> str | None:
-    """The corpus on the Hub that the model was trained on, as far as `pretraining.json` tells one."""
-    return folder.pretraining.get("corpus", "").partition("@")[0] or None
+def _corpora(folder: ModelFolder) -> list[str] | None:
+    """The corpus of the Hub that the model was trained on, where `pretraining.json` tells one."""
+    corpus = folder.pretraining.get("corpus")
+    return None if corpus is None else [corpus.partition("@")[0]]
 
 
 def _usage(options: CardOptions) -> str:
     return (
-        f"## Use\n\n{describe_pipeline(options.repo)}\nWith the package `stimg`, which reads all common files and writes into the AnnData:\n\n```bash\n"
+        f"## Use\n\n{describe_pipeline(options.repo)}\n"
+        "With the package `stimg`, which reads all common files and writes into the AnnData:\n\n```bash\n"
         f"stimg embed slide.h5ad --model {options.repo} --output embedded.h5ad\n```\n"
     )
 
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repo", help="ORG/NAME that it will have on the Hub.")
     parser.add_argument("--licence", help="Of the weights, an identifier of the Hub; default: apache-2.0.")
     parser.add_argument("--row", help="Of the model in the results; default: stimg.")
-    parser.add_argument("--datasets", nargs="*", help="Ids on the Hub of the training slides' corpora; default: the one trained on.")
+    parser.add_argument("--datasets", nargs="*", help="Ids on the Hub of the corpora; default: the one trained on.")
     parser.add_argument("--watts", type=float, help="Power of everything that the training ran on, in W.")
     arguments = parser.parse_args(argv)
     make_card(arguments.folder, vars(arguments))

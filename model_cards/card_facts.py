@@ -88,7 +88,9 @@ class ModelFolder:
             raise ValueError(f"{self.path / RESULTS_FILE} holds no results of domain detection: {error}.") from error
         if row not in distinct(records, "features"):
             models = ", ".join(metadata.get("models", {})) or "no model"
-            raise ValueError(f"{self.path / RESULTS_FILE} has no row {row!r} but {models}: name the model's with --row.")
+            raise ValueError(
+                f"{self.path / RESULTS_FILE} has no row {row!r} but {models}: name the model's with --row."
+            )
         told = metadata.get("models", {}).get(row, {}).get("pretraining")
         if told is not None and told != self.pretraining["arguments"]:
             raise ValueError(

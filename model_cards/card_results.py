@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from eval.aggregate import Record, distinct, matching, set_mean, smoothing_name
-from eval.region_report import region_summary
 from eval.domain_report import PROBE_TITLES
+from eval.region_report import region_summary
 from eval.results import markdown_table
 from model_cards.card_facts import ModelFolder
 
@@ -12,7 +12,7 @@ MISSING = "–"  # noqa: RUF001 - a dash for "no such measurement"
 
 
 def where_simple_wins(folder: ModelFolder) -> list[str]:
-    """The model's best row beside the best without training, by split and probe: adjusted Rand index, mean over sets."""
+    """The model's best row beside the best without training, by split and probe: ARI, mean over sets."""
     rows, won = [], 0
     for split, probe in dict.fromkeys((r["split"], r["probe"]) for r in folder.of_model):
         ours, name = _best(matching(folder.of_model, split=split, probe=probe))

@@ -2,8 +2,9 @@
 
 A fresh process without this package embeds a phantom slide whose genes are the model's. On the machine that wrote the
 fingerprint (same processor, kernels and torch) the bits must be the same. Elsewhere float32 sums are taken in another
-order, and every stored value may differ by `TOLERANCE` standard deviations of the embedding. The demo's model differed by
-2e-6 with kernels for processors without AVX, and by nothing under transformers 5.17; deeper models add up more of it.
+order, and every stored value may differ by `TOLERANCE` standard deviations of the embedding. The demo's model differed
+by 2e-6 with kernels for processors without AVX, and by nothing under transformers 5.17; deeper models add up more of
+it.
 """
 
 import hashlib

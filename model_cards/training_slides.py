@@ -61,7 +61,7 @@ def by_source(records: Sequence[SlideRecord]) -> dict[Source, list[SlideRecord]]
 
 
 def _is_of(slide: str, source: Source) -> bool:
-    """Whether a slide is a row's, by its ids, also with a suffix like `_g5000`; or of a collection that a row stands for."""
+    """Whether a slide is a row's, by its ids, also with a suffix like `_g5000`, or of the collection that it is."""
     if source.contents == "collection":
         prefix = COLLECTION_NAMES.get(source.evaluation_set)
         if prefix and slide.startswith(prefix):

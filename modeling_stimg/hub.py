@@ -141,8 +141,8 @@ def _download(name: str, revision: str | None, files: Sequence[str], kind: str) 
 def _not_reached(shown: str, error: Exception) -> str:
     reason = error.__cause__ or error
     return (
-        f"{shown} could not be downloaded from {constants.ENDPOINT} ({type(reason).__name__}): look to the connection "
-        "and give the same command again, which goes on where it was."
+        f"{shown} is no folder here, and could not be downloaded from {constants.ENDPOINT} ({type(reason).__name__}): "
+        "look to the connection and give the same command again, which goes on where it was."
     )
 
 

@@ -378,5 +378,8 @@ def test_what_is_no_revision_or_no_model_is_told(pushed: Hub, here: Hub, checkpo
         find_model("lab/made@first", "other")
     assert find_model(str(checkpoint)).hub is None
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(OSError, match=r"lab/made could not be downloaded from http://127\.0\.0\.1:9 \(ConnectError\)"):
+    with pytest.raises(
+        OSError,
+        match=r"lab/made is no folder here, and could not be downloaded from http://127\.0\.0\.1:9 \(ConnectError\)",
+    ):
         find_model("lab/made")
