@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 MASK_UNITS = ("entry", "site", "mixed")
 RECONSTRUCTIONS = ("product", "residual")
 SAMPLE_UNITS = ("patch", "spot", "multi_spot", "slice")
-POSITION_EMBEDDING_TYPES = ("window", "slide")
+POSITION_EMBEDDING_TYPES = ("window", "slide", "rotary")
 
 
 @strict
@@ -46,7 +46,9 @@ class STImageMAEConfig(PreTrainedConfig):
             times the gene's embedding (Eq. 8). `"residual"`: that product, plus the mean of the gene's visible values
             at the other sites, weighted by attention between sites: the product only tells how the site differs.
         position_embedding_type (`str`): `"window"` encodes a site's row and column within its window; `"slide"` its
-            `coordinates` on the slide, 0 to 100 an axis. Both are fixed 2-D sine-cosine codes.
+            `coordinates` on the slide, 0 to 100 an axis; both are fixed 2-D sine-cosine codes that are added to a site.
+            `"rotary"` turns queries and keys by row and column instead, and lets heads prefer sites nearby: how sites
+            lie to each other is seen, and where in the window they lie is not.
         embedding_defaults (`dict`, *optional*): What `embed_slide` does when not told: any of `stride`, `readout`,
             `gene_selection`, `num_gene_draws`, `smoothing`.
     """
@@ -113,6 +115,12 @@ class STImageMAEConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{width} ({getattr(self, width)}) is not a multiple of 4: the sine-cosine position code fills "
                     "it with four equal parts."
+                )
+            head_dim = getattr(self, width) // getattr(self, heads)
+            if self.position_embedding_type == "rotary" and head_dim % 4 != 0:
+                raise ValueError(
+                    f"{width} ({getattr(self, width)}) over {heads} ({getattr(self, heads)}) is {head_dim}, not a "
+                    "multiple of 4: rotary positions turn pairs of it, half with the row and half with the column."
                 )
         if self.mask_unit not in MASK_UNITS:
             raise ValueError(f"mask_unit is {self.mask_unit!r}: expected one of {MASK_UNITS}.")

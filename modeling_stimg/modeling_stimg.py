@@ -37,7 +37,7 @@ from .configuration_stimg import STImageMAEConfig
 from .embedding_stimg import embed_image
 from .masking_stimg import default_masks, draw_mask, hidden_entries, masked_mean_squared_error
 from .pipeline_stimg import custom_pipelines
-from .positions_stimg import sine_cosine_positions, site_positions
+from .positions_stimg import Locality, rotary_angles, rotate, sine_cosine_positions, site_positions
 from .reconstruction_stimg import reconstruct_spots
 from .visible_sites_stimg import SiteSelection, select_sites
 
@@ -72,6 +72,24 @@ class STImageMAEForPreTrainingOutput(ModelOutput):
 # ---------------------------------------------------------------------------- layers
 
 
+def add_positions(config: STImageMAEConfig, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Tokens float (B, S*S, D) with their positions' code; rotary ones enter in attention instead."""
+    if config.position_embedding_type == "rotary":
+        return tokens
+    return tokens + sine_cosine_positions(positions, tokens.shape[-1]).to(tokens.dtype)
+
+
+def attention_angles(
+    config: STImageMAEConfig, selection: SiteSelection, positions: torch.Tensor, head_dim: int
+) -> torch.Tensor | None:
+    """float (1 or B, L, head_dim / 2): by what the selected sites' queries and keys are turned; None: by nothing."""
+    if config.position_embedding_type != "rotary":
+        return None
+    if selection.rows is not None:
+        positions = selection.gather(positions.expand(len(selection.kept), -1, -1))
+    return rotary_angles(positions, head_dim)
+
+
 class STImageMAEEmbeddings(nn.Module):
     """Sites to tokens: the sum over visible channels of value x gene embedding, plus position."""
 
@@ -98,7 +116,7 @@ class STImageMAEEmbeddings(nn.Module):
         # Over the share of visible channels, so that the scale does not depend on how many genes there are.
         tokens = self.layernorm(tokens * (values.shape[1] / num_visible.clamp(min=1)).to(tokens.dtype))
         tokens = torch.where(num_visible > 0, tokens, self.mask_token.to(tokens.dtype))
-        return tokens + sine_cosine_positions(positions, tokens.shape[-1]).to(tokens.dtype)
+        return add_positions(self.config, tokens, positions)
 
 
 def eager_attention_forward(
@@ -133,15 +151,23 @@ class STImageMAEAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, hidden_size)
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.locality = Locality(num_heads, self.head_dim) if config.position_embedding_type == "rotary" else None
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        angles: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if angles is not None:
+            local = self.locality().to(query.dtype)
+            query, key = rotate(query + local, angles), rotate(key + local, angles)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -175,9 +201,10 @@ class STImageMAELayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        angles: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, angles, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         update = self.fc2(self.activation(self.fc1(self.layernorm_after(hidden_states))))
         return hidden_states + self.dropout(update)
@@ -203,12 +230,14 @@ class STImageMAEDecoder(nn.Module):
         self, encoded: torch.Tensor, pixel_mask: torch.Tensor, positions: torch.Tensor
     ) -> tuple[SiteSelection, torch.Tensor, torch.Tensor]:
         hidden_states = self.embed(encoded)  # (B, S*S, decoder width)
-        hidden_states = hidden_states + sine_cosine_positions(positions, hidden_states.shape[-1]).to(encoded.dtype)
+        hidden_states = add_positions(self.config, hidden_states, positions)
         selection = select_sites(pixel_mask.flatten(1))
         hidden_states = selection.gather(hidden_states)  # (B, L, decoder width)
         attention_mask = create_bidirectional_mask(self.config, hidden_states, selection.keys)
+        head_dim = hidden_states.shape[-1] // self.config.decoder_num_attention_heads
+        angles = attention_angles(self.config, selection, positions, head_dim)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask)
+            hidden_states = layer(hidden_states, attention_mask, angles)
         hidden_states = self.layernorm(hidden_states)
         return selection, self.project(hidden_states), hidden_states  # observed sites: (B, L, D), (B, L, decoder width)
 
@@ -274,6 +303,8 @@ class STImageMAEPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, STImageMAEEmbeddings):
             init.normal_(module.mask_token, std=self.config.initializer_range)
+        elif isinstance(module, Locality):
+            init.copy_(module.strength, module.start())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -375,8 +406,10 @@ class STImageMAEModel(STImageMAEPreTrainedModel):
         selection = select_sites(observed if dropped is None else observed & ~dropped, gather=not recorded)
         hidden_states = selection.gather(hidden_states)  # (B, L, D)
         attention_mask = create_bidirectional_mask(self.config, hidden_states, selection.keys)
+        head_dim = hidden_states.shape[-1] // self.config.num_attention_heads
+        angles = attention_angles(self.config, selection, positions, head_dim)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask, angles, **kwargs)
         last_hidden_state = selection.scatter(self.layernorm(hidden_states))  # (B, S*S, D)
         pooled = last_hidden_state.sum(1) / selection.kept.sum(1, keepdim=True).clamp(min=1)
         if dropped is not None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from modeling_stimg import STImageMAEConfig, STImageMAEForPreTraining
 from modeling_stimg.masking_stimg import draw_mask
-from modeling_stimg.positions_stimg import sine_cosine_positions
+from modeling_stimg.positions_stimg import Locality, rotary_angles, rotate, sine_cosine_positions
 
 
 @pytest.fixture
@@ -212,6 +212,47 @@ def test_slide_positions_use_coordinates(config: STImageMAEConfig, batch):
     assert not torch.allclose(here, moved)
     with pytest.raises(ValueError, match="pass coordinates"):
         model.stimg(**{k: v for k, v in batch.items() if k != "coordinates"})
+
+
+@pytest.mark.parametrize("kind", ["rotary", "window"])
+def test_rotary_positions_tell_how_sites_lie_to_each_other_and_not_where(config: STImageMAEConfig, kind: str):
+    """A piece of tissue at two places of a window."""
+    torch.manual_seed(0)
+    model = STImageMAEForPreTraining(STImageMAEConfig(**{**config.to_dict(), "position_embedding_type": kind})).eval()
+    ids, tissue = torch.arange(12)[None], torch.randn(1, 12, 5, 4)
+    mask = torch.rand(tissue.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    mask[:, :, 2, 1] = True  # a site that is known from its place among others alone
+
+    def read(tissue: torch.Tensor, mask: torch.Tensor, top: int, left: int) -> torch.Tensor:
+        values, hidden = torch.zeros(1, 12, 9, 9), torch.zeros(1, 12, 9, 9, dtype=torch.bool)
+        place = (..., slice(top, top + 5), slice(left, left + 4))
+        values[place], hidden[place] = tissue, mask
+        seen = torch.zeros(1, 9, 9, dtype=torch.bool)
+        seen[place] = True
+        encoded = model.stimg(values, ids, seen, bool_masked_entries=hidden).last_hidden_state
+        parts = encoded, model.reconstruct(encoded, ids, seen, pixel_values=values, visible=~hidden).flatten(2).mT
+        return torch.cat([part.unflatten(1, (9, 9))[:, place[1], place[2]] for part in parts], -1)
+
+    here = read(tissue, mask, 0, 0)
+    assert torch.allclose(read(tissue, mask, 4, 5), here, atol=1e-5) == (kind == "rotary")
+
+
+@pytest.mark.parametrize("head_dim", [4, 16, 32, 64])
+def test_rotary_heads_start_as_gaussians_of_growing_width(head_dim: int):
+    """Attention of queries and keys without content, over a window of 16 x 16 sites, from its middle."""
+    locality = Locality(6, head_dim)
+    with torch.no_grad():
+        locality.strength.copy_(locality.start())
+    sites = torch.cartesian_prod(torch.arange(16.0), torch.arange(16.0))[None]
+    turned = rotate(locality().expand(1, -1, 256, -1), rotary_angles(sites, head_dim))
+    weights = (turned @ turned.mT / head_dim**0.5).softmax(-1)[0, :, 8 * 16 + 8].view(6, 16, 16)
+    offsets = torch.arange(16.0) - 8
+    deviations = (weights * offsets[:, None] ** 2).sum((1, 2)).sqrt()
+    wanted = Locality.NEAREST * (Locality.FARTHEST / Locality.NEAREST) ** (torch.arange(3) / 5)
+    # From about 4 sites on the window cuts them off.
+    torch.testing.assert_close(deviations[:3], wanted, rtol=0.15, atol=0.05)
+    assert (deviations.diff() > 0).all()
+    torch.testing.assert_close(weights, weights.mT)
 
 
 def test_position_codes_tell_all_sites_of_a_large_window_apart():

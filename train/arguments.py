@@ -130,7 +130,8 @@ class ModelArguments:
         },
     )
     position_embedding_type: str = field(
-        default="window", metadata={"help": "Positions within the window, or on the slide: window or slide."}
+        default="window",
+        metadata={"help": "Positions of sites: within the window or on the slide, added to them; or rotary, relative."},
     )
     singular_start: bool = field(
         default=True,
