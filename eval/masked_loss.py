@@ -24,17 +24,18 @@ PREDICTORS = ("model", "window mean", "corpus mean", "low rank")
 RANK, THRESHOLD, ITERATIONS = 10, 0.5, 25
 
 
-def corpus_mean(processor: STPatchProcessor, gene_ids: torch.Tensor) -> torch.Tensor:
+def corpus_mean(processor: STPatchProcessor, image: SlideImage, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """float32 (B, C): the corpus mean of every channel's gene as the model's input shows it; 0 of padding.
 
     Raises:
         ValueError: the vocabulary holds no means.
     """
-    if processor.normalization == "standardized":  # less the mean, by definition
-        return torch.zeros(gene_ids.shape)
     if processor.vocabulary.mean is None:
         raise ValueError("The processor's vocabulary holds no gene means: the corpus mean of a gene is not known.")
-    return torch.from_numpy(np.append(processor.vocabulary.mean, np.float32(0)))[gene_ids]
+    means = torch.from_numpy(np.append(processor.vocabulary.mean, np.float32(0)))[batch["gene_ids"]]
+    site = {"pixel_values": means[:, :, None, None], "pixel_mask": torch.ones(len(means), 1, 1, dtype=torch.bool)}
+    site |= {name: batch[name] for name in ("gene_ids", "channel_mask")}
+    return processor.normalize(site, image)[:, :, 0, 0]
 
 
 def window_mean(batch: Mapping[str, torch.Tensor], mask: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,7 @@ def masked_losses(
     for batch in windows:
         outputs = model(**batch)
         counting = int(outputs.mask.flatten(1).any(-1).sum())
-        of_corpus = corpus_mean(processor, batch["gene_ids"])
+        of_corpus = corpus_mean(processor, image, batch)
         of_window = window_mean(batch, outputs.mask, of_corpus)
         predictions = {
             "model": outputs.reconstruction,

@@ -16,7 +16,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -45,6 +45,7 @@ class Normalization:
             (B, C, 1, 1), by name; returns float32 (B, C, S, S). Empty sites and padded channels are set to 0 after it.
             None: the values as they are.
         statistics: what it needs of every gene, attributes of the vocabulary.
+        of_slide: what it needs of every gene of a slide: attributes of the image, by the name that `apply` gives them.
         invert: what the model predicts back to log1p values: takes float64 (n, genes), and each of `statistics`,
             float64 (genes,), by name. None: the values as they are.
     """
@@ -52,6 +53,7 @@ class Normalization:
     apply: Callable[..., torch.Tensor] | None = None
     statistics: tuple[str, ...] = ()
     invert: Callable[..., np.ndarray] | None = None
+    of_slide: Mapping[str, str] = field(default_factory=dict)
 
 
 def standardize(pixel_values: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
@@ -68,6 +70,7 @@ def destandardize(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -
 NORMALIZATIONS = {
     "log1p": Normalization(),
     "standardized": Normalization(standardize, ("mean", "deviation"), destandardize),
+    "centered": Normalization(standardize, ("deviation",), destandardize, {"mean": "gene_means"}),
 }
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -100,8 +103,10 @@ class STPatchProcessor(BaseImageProcessor):
         num_channels: genes C of a window.
         compaction: how array indices become a grid: `"lattice"`, `"rank"` or `"minmax"`.
         gene_selection: how a window's genes are chosen: `"weighted"`, `"variable"` or `"random"`.
-        normalization: `"log1p"` values, or `"standardized"` ones: less the gene's corpus mean, over its deviation, at
-            observed spots (needs both in the vocabulary). Genes are selected by log1p variance either way.
+        normalization: `"log1p"` values, or at observed spots `"standardized"` ones: less the gene's corpus mean, over
+            its corpus deviation (needs both in the vocabulary); or `"centered"` ones: less the gene's mean on the
+            slide, over its corpus deviation, so that slides differ by what varies on them, and not by how they were
+            made. Genes are selected by log1p variance either way.
         target_sum: counts per spot after depth normalisation, before log1p. `"panel"`, for slides on which only some
             genes were measured: 10,000 times the share of all counts that the corpus expects from those genes (needs
             `share` in the vocabulary), so that their values are those of a whole transcriptome.
@@ -264,7 +269,7 @@ class STPatchProcessor(BaseImageProcessor):
             device,
             slide_variances=self.sample_unit == "spot",
         )
-        arrays["pixel_values"] = self._normalize(arrays)
+        arrays["pixel_values"] = self.normalize(arrays, image)
         if return_tensors != "pt":
             arrays = {key: value.numpy() for key, value in arrays.items()}
         return BatchFeature(data=arrays, tensor_type=return_tensors)
@@ -321,22 +326,30 @@ class STPatchProcessor(BaseImageProcessor):
             )
         return numbers
 
-    def _normalize(self, arrays: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The model's `pixel_values` of log1p ones; empty sites and padded channels stay 0."""
+    def normalize(self, arrays: Mapping[str, torch.Tensor], image: SlideImage) -> torch.Tensor:
+        """What the model sees of log1p values, float32 (B, C, S, S); empty sites and padded channels are 0.
+
+        Args:
+            arrays: `pixel_values` float32 (B, C, S, S), which may be overwritten, and `gene_ids`, `channel_mask` and
+                `pixel_mask` as in a batch. image: the slide.
+        """
         normalization = NORMALIZATIONS[self.normalization]
         if normalization.apply is None:
             return arrays["pixel_values"]
         gene_ids = arrays["gene_ids"]
         of_gene = {name: self._statistic(name, gene_ids.device)[gene_ids] for name in normalization.statistics}
+        for name, of_slide in normalization.of_slide.items():
+            values = np.append(getattr(image, of_slide), np.float32(0))
+            of_gene[name] = torch.from_numpy(values).to(gene_ids.device)[gene_ids]
         values = normalization.apply(arrays["pixel_values"], **{k: v[:, :, None, None] for k, v in of_gene.items()})
         observed = arrays["channel_mask"][:, :, None, None] & arrays["pixel_mask"][:, None]
         return values.masked_fill_(~observed, 0)
 
-    def log1p_values(self, values: np.ndarray, gene_ids: np.ndarray) -> np.ndarray:
+    def log1p_values(self, values: np.ndarray, gene_ids: np.ndarray, image: SlideImage) -> np.ndarray:
         """What a model predicts, in the units of its input, as log1p of counts per `target_sum`.
 
         Args:
-            values: float (n, genes). gene_ids: int64 (genes,), their vocabulary numbers.
+            values: float (n, genes). gene_ids: int64 (genes,), their vocabulary numbers. image: whose windows it read.
 
         Returns:
             float64 (n, genes).
@@ -345,6 +358,7 @@ class STPatchProcessor(BaseImageProcessor):
         if normalization.invert is None:
             return values
         statistics = {name: getattr(self.vocabulary, name)[gene_ids] for name in normalization.statistics}
+        statistics |= {name: getattr(image, of_slide)[gene_ids] for name, of_slide in normalization.of_slide.items()}
         return normalization.invert(values, **{name: given.astype(np.float64) for name, given in statistics.items()})
 
     def _statistic(self, name: str, device: torch.device) -> torch.Tensor:

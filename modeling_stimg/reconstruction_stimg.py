@@ -142,10 +142,12 @@ class ReadSpots:
 
     def said(self, read: SpotFeatures, genes: np.ndarray) -> np.ndarray:
         """log1p values float64 (spots, genes) that the model says of what was read; NaN of spots that were not."""
-        said = self.processor.log1p_values(read.features @ self.embeddings[genes].T.astype(np.float64), genes)
+        said = self.processor.log1p_values(
+            read.features @ self.embeddings[genes].T.astype(np.float64), genes, self.seen
+        )
         if read.weights is not None:
             # Local means are those of the model's input, in which 0 stands for `nothing`.
-            nothing = self.processor.log1p_values(np.zeros((1, len(genes))), genes)
+            nothing = self.processor.log1p_values(np.zeros((1, len(genes))), genes, self.seen)
             measured = np.flatnonzero(np.isin(genes, self.seen.measured))
             values = _values(self.seen, np.arange(self.seen.num_spots), genes[measured]) - nothing[:, measured]
             said[:, measured] += (read.weights @ torch.from_numpy(values)).numpy()

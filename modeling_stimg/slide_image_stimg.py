@@ -122,6 +122,13 @@ class SlideImage:
         return (100.0 * sites / np.maximum(levels - 1, 1)).astype(np.float32)
 
     @cached_property
+    def gene_means(self) -> np.ndarray:
+        """float32 (vocabulary,): mean of every gene's log1p values over all spots; 0 for genes not measured."""
+        values = np.asarray(self.values, dtype=np.float64)
+        sums = np.bincount(np.asarray(self.indices), values, self.pad_id)
+        return (sums / max(self.num_spots, 1)).astype(np.float32)
+
+    @cached_property
     def gene_variances(self) -> np.ndarray:
         """float64 (vocabulary,): population variance of every gene's log1p values over all spots."""
         genes, values = np.asarray(self.indices), np.asarray(self.values, dtype=np.float64)

@@ -41,8 +41,11 @@ def plain_losses(model, processor, image, num_windows: int, seed: int) -> dict[s
             truth = values[channel, row, col]
             seen = values[channel][observed & ~mask[channel]]
             mean = 0.0
-            if processor.normalization == "log1p":
-                mean = processor.vocabulary.mean[item["gene_ids"][0, channel]]
+            gene = item["gene_ids"][0, channel]
+            if processor.normalization != "standardized":
+                mean = processor.vocabulary.mean[gene]
+            if processor.normalization == "centered":
+                mean = (mean - image.gene_means[gene]) / processor.vocabulary.deviation[gene]
             squares["model"].append((outputs.reconstruction[0, channel, row, col].item() - truth) ** 2)
             squares["window mean"].append(((seen.mean() if seen.size else mean) - truth) ** 2)
             squares["corpus mean"].append((mean - truth) ** 2)
@@ -51,7 +54,7 @@ def plain_losses(model, processor, image, num_windows: int, seed: int) -> dict[s
     return {name: float(np.mean(values)) for name, values in errors.items()}
 
 
-@pytest.mark.parametrize("normalization", ["log1p", "standardized"])
+@pytest.mark.parametrize("normalization", ["log1p", "standardized", "centered"])
 def test_losses_are_those_of_plain_loops(images, processor, config, normalization: str):
     vocabulary = processor.vocabulary
     rng = np.random.default_rng(0)

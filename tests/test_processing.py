@@ -94,6 +94,25 @@ def test_standardized_input_is_standardised_where_observed_and_zero_elsewhere(im
         STPatchProcessor(vocabulary, normalization="standardized")
 
 
+def test_centered_input_is_less_the_mean_of_its_own_slide(images, vocabulary: GeneVocabulary):
+    """The mean over all spots of a slide, zeros included, whatever the window; over a corpus' deviation."""
+    deviation = np.random.default_rng(0).random(len(vocabulary)) + 0.5
+    known, image = vocabulary.with_statistics(deviation=deviation), images["staggered"]
+    processor = STPatchProcessor(known, window_size=6, normalization="centered")
+    genes, options = np.array([5, 90, 2]), {"num_windows": 3, "return_tensors": "pt"}
+    plain = STPatchProcessor(known, window_size=6)(image, genes=genes, **options)
+    batch = processor(image, genes=genes, **options)
+    whole = STPatchProcessor(known, window_size=40)(image, genes=genes, windows=[(0, 0)])
+    means = whole["pixel_values"][0][:, whole["pixel_mask"][0]].mean(1)
+    expected = (
+        (plain["pixel_values"] - means[:, None, None]) / deviation[genes][:, None, None] * plain["pixel_mask"][:, None]
+    )
+    torch.testing.assert_close(batch["pixel_values"], expected.float(), atol=1e-5, rtol=1e-5)
+    assert (~plain["pixel_mask"]).any()
+    log1p = processor.log1p_values(np.zeros((1, 3)), genes, image)
+    np.testing.assert_allclose(log1p[0], means, rtol=1e-5)
+
+
 def test_a_further_normalization_is_one_entry(images, vocabulary: GeneVocabulary, monkeypatch: pytest.MonkeyPatch):
     centred = Normalization(lambda pixel_values, mean: pixel_values - mean, statistics=("mean",))
     monkeypatch.setitem(NORMALIZATIONS, "centred", centred)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from modeling_stimg import (
     GeneVocabulary,
+    SlideImage,
     STImageMAEConfig,
     STImageMAEForPreTraining,
     STImageMAEModel,
@@ -45,12 +46,17 @@ def with_counts(adata: AnnData, spots: np.ndarray, counts: np.ndarray) -> AnnDat
     return changed
 
 
-@pytest.fixture(scope="module")
-def standardized(vocabulary: GeneVocabulary) -> STPatchProcessor:
+@pytest.fixture(scope="module", params=["standardized", "centered"])
+def standardized(vocabulary: GeneVocabulary, request: pytest.FixtureRequest) -> STPatchProcessor:
     rng = np.random.default_rng(5)
     statistics = rng.uniform(0.2, 2, (2, len(vocabulary))).astype(np.float32)
     described = vocabulary.with_statistics(mean=statistics[0], deviation=statistics[1])
-    return STPatchProcessor(described, window_size=6, num_channels=32, normalization="standardized")
+    return STPatchProcessor(described, window_size=6, num_channels=32, normalization=request.param)
+
+
+def gene_means(processor: STPatchProcessor, seen: SlideImage) -> np.ndarray:
+    """What a processor takes from log1p values, of all genes."""
+    return processor.vocabulary.mean if processor.normalization == "standardized" else seen.gene_means
 
 
 @pytest.fixture
@@ -180,7 +186,9 @@ def test_a_model_of_known_output_comes_back_in_log1p(slides, standardized, model
     vocabulary = standardized.vocabulary
     numbers = vocabulary.encode(predicted.columns)
     products = (model.get_input_embeddings().weight.detach()[numbers] @ feature).numpy()
-    expected = np.maximum(products * vocabulary.deviation[numbers] + vocabulary.mean[numbers], 0)
+    image = standardized.slide_to_image(adata)
+    means = gene_means(standardized, image.part(~square(adata)[image.obs_index]))
+    expected = np.maximum(products * vocabulary.deviation[numbers] + means[numbers], 0)
     np.testing.assert_allclose(predicted, np.tile(expected, (len(predicted), 1)), rtol=1e-4, atol=1e-5)
     assert (expected == 0).any()
     assert (expected > 0).any()
@@ -246,9 +254,9 @@ def test_a_model_of_local_means_is_read_by_its_weights(slides, standardized, res
         for spot, row in zip(np.flatnonzero(hidden), views, strict=True):
             if number in row:
                 found[spot].append(said[:, image.rows[spot] - top, image.cols[spot] - left])
-    vocabulary = standardized.vocabulary
-    means = np.array([np.mean(of_spot, axis=0) for of_spot in found.values()])
-    expected = np.maximum(means * vocabulary.deviation[genes] + vocabulary.mean[genes], 0)
+    said = np.array([np.mean(of_spot, axis=0) for of_spot in found.values()])
+    deviation, means = standardized.vocabulary.deviation[genes], gene_means(standardized, seen)[genes]
+    expected = np.maximum(said * deviation + means, 0)
     predicted = residual.reconstruct_spots(
         image, standardized, hidden, genes=genes, stride=2, num_views=2, calibrated=False
     )

@@ -50,7 +50,11 @@ class CorpusArguments:
         default="weighted", metadata={"help": "How a window's genes are drawn: weighted, variable or random."}
     )
     normalization: str = field(
-        default="log1p", metadata={"help": "log1p values, or standardized ones (per gene, corpus mean and deviation)."}
+        default="log1p",
+        metadata={
+            "help": "log1p values, or standardized ones (per gene, corpus mean and deviation), or centered ones (the "
+            "slide's own mean, corpus deviation)."
+        },
     )
     target_sum: str = field(
         default="10000",
