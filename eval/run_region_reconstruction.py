@@ -88,7 +88,8 @@ class RegionArguments:
     stride: int | None = field(default=None, metadata={"help": "Sites between these windows; default: a quarter."})
     num_views: int = field(default=4, metadata={"help": "Windows that every hidden spot is read in."})
     gene_selection: str | None = field(
-        default=None, metadata={"help": "Genes that the model sees: weighted, variable or random; default: its own."}
+        default=None,
+        metadata={"help": "Genes that the model sees: weighted, variable, random or slide; default: its own."},
     )
     num_gene_draws: int = field(default=1, metadata={"help": "Gene draws that are averaged."})
     untrained: bool = field(default=True, metadata={"help": "Whether to measure the model before training too."})

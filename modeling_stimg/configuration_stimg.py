@@ -50,7 +50,7 @@ class STImageMAEConfig(PreTrainedConfig):
             `"rotary"` turns queries and keys by row and column instead, and lets heads prefer sites nearby: how sites
             lie to each other is seen, and where in the window they lie is not.
         embedding_defaults (`dict`, *optional*): What `embed_slide` does when not told: any of `stride`, `readout`,
-            `gene_selection`, `num_gene_draws`, `smoothing`.
+            `gene_selection`, `num_channels`, `num_gene_draws`, `smoothing`, `centered`.
     """
 
     model_type = "st_image_mae"

@@ -31,6 +31,8 @@ def embed_slide(
     seed: int = 0,
     key_added: str = KEY_ADDED,
     progress: bool = True,
+    num_channels: int | None = None,
+    centered: bool | None = None,
 ) -> None:
     """Give every spot of a slide an embedding, in `adata.obsm[key_added]`.
 
@@ -41,8 +43,8 @@ def embed_slide(
     Args:
         adata: raw counts in `X`, and array positions under any of the names that `read_slide` knows.
         model: an `STImageMAEModel` or `STImageMAEForPreTraining`. processor: its processor.
-        stride, gene_selection, num_gene_draws, readout, smoothing: see `embed_image`; None = what the model's
-            `config.embedding_defaults` says, else the general default.
+        stride, gene_selection, num_gene_draws, readout, smoothing, num_channels, centered: see `embed_image`; None =
+            what the model's `config.embedding_defaults` says, else the general default.
         batch_size: windows at a time.
         device: e.g. `"cuda"`; None = where the model is.
         seed: of the gene draws.
@@ -63,6 +65,8 @@ def embed_slide(
         num_gene_draws=num_gene_draws,
         readout=readout,
         smoothing=smoothing,
+        num_channels=num_channels,
+        centered=centered,
         batch_size=batch_size,
         device=device,
         seed=seed,

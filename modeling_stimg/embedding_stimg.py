@@ -41,8 +41,10 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
         "stride": max(processor.window_size // 2, 1),
         "readout": "spot",
         "gene_selection": processor.gene_selection,
+        "num_channels": processor.num_channels,
         "num_gene_draws": 1,
         "smoothing": 0,
+        "centered": False,
     }
     for source in (model.config.embedding_defaults or {}, given):
         unknown = set(source) - set(options)
@@ -56,7 +58,7 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
             f'readout is "{options["readout"]}", which reads masked sites, but with mask_unit="site" these never enter '
             'the encoder: train with "mixed", or read "spot".'
         )
-    for name, least in (("stride", 1), ("num_gene_draws", 1), ("smoothing", 0)):
+    for name, least in (("stride", 1), ("num_channels", 1), ("num_gene_draws", 1), ("smoothing", 0)):
         if options[name] < least:
             raise ValueError(f"{name} is {options[name]}: expected an integer from {least}.")
     if options["stride"] > processor.window_size:
@@ -115,6 +117,8 @@ def embed_image(
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = False,
+    num_channels: int | None = None,
+    centered: bool | None = None,
 ) -> np.ndarray:
     """Embed every spot of a slide with a frozen encoder.
 
@@ -134,6 +138,9 @@ def embed_image(
         device: where to run; `None` = where the model is.
         seed: of the gene draws. The same input gives the same bits.
         progress: show a progress bar.
+        num_channels: how many genes a window has, instead of the processor's number.
+        centered: whether the mean over the slide's spots is taken off, before any smoothing, so that slides that were
+            made differently can be compared.
 
     Returns:
         float32 (num_spots, width): width is the encoder's `hidden_size`, twice that for `"both"`.
@@ -144,8 +151,10 @@ def embed_image(
         stride=stride,
         readout=readout,
         gene_selection=gene_selection,
+        num_channels=num_channels,
         num_gene_draws=num_gene_draws,
         smoothing=smoothing,
+        centered=centered,
     )
     check_pair(model, processor)
     if options["readout"] != "spot" and model.config.mask_unit == "entry":
@@ -157,6 +166,8 @@ def embed_image(
     with frozen(encoder, image, device) as (where, sampler):
         parts = _readout_means(encoder, processor, image, options, batch_size, where, sampler, seed, progress)
     embedding = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    if options["centered"]:
+        embedding = embedding - embedding.mean(0)
     if options["smoothing"] > 0:
         embedding = neighbourhood_mean(image, embedding, options["smoothing"])
     return embedding.astype(np.float32)
@@ -190,6 +201,7 @@ def _readout_means(
             seed=seed,
             first_window=start,
             gene_selection=options["gene_selection"],
+            num_channels=options["num_channels"],
             device=sampler,
             return_tensors="pt",
         )

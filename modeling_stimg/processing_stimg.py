@@ -102,7 +102,8 @@ class STPatchProcessor(BaseImageProcessor):
         window_size: side S of a window, in sites.
         num_channels: genes C of a window.
         compaction: how array indices become a grid: `"lattice"`, `"rank"` or `"minmax"`.
-        gene_selection: how a window's genes are chosen: `"weighted"`, `"variable"` or `"random"`.
+        gene_selection: how a window's genes are chosen: `"weighted"` by their variances in the window, the most
+            `"variable"` ones in it, `"random"`, or `"slide"`: the most variable ones of the slide, all windows alike.
         normalization: `"log1p"` values, or at observed spots `"standardized"` ones: less the gene's corpus mean, over
             its corpus deviation (needs both in the vocabulary); or `"centered"` ones: less the gene's mean on the
             slide, over its corpus deviation, so that slides differ by what varies on them, and not by how they were
@@ -219,6 +220,7 @@ class STPatchProcessor(BaseImageProcessor):
         first_window: int = 0,
         device: str | torch.device = "cpu",
         return_tensors: str | None = None,
+        num_channels: int | None = None,
     ) -> BatchFeature:
         """Draw windows of a slide and make them dense.
 
@@ -233,7 +235,7 @@ class STPatchProcessor(BaseImageProcessor):
             seed: int from 0.
             genes: names or vocabulary numbers that fix the channels, instead of selecting them for each window; those
                 that were not measured on the slide become padding.
-            gene_selection, window_size: instead of the processor's own.
+            gene_selection, window_size, num_channels: instead of the processor's own.
             first_window: number of the first window.
             device: where the windows are made and stay; the slide's arrays are put there once. The draws are the same
                 everywhere. Another than the CPU needs `return_tensors="pt"`.
@@ -261,7 +263,7 @@ class STPatchProcessor(BaseImageProcessor):
         arrays = make_windows(
             image,
             sample_spots(image, self.sample_unit, corners, size),
-            self.num_channels,
+            self.num_channels if num_channels is None else _whole_number("num_channels", num_channels, 1),
             self.gene_selection if gene_selection is None else gene_selection,
             seed,
             range(first_window, first_window + len(corners)),

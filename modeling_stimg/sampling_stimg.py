@@ -27,9 +27,9 @@ import torch
 from .masking_stimg import first_lowest
 from .noise_stimg import GENE_STREAM, counter_uniform, stream_key, window_uniforms
 from .slide_image_stimg import SlideImage, on_host, window_counts
-from .window_entries_stimg import DeviceEntries, HostEntries
+from .window_entries_stimg import VARIANCE_STEP, DeviceEntries, HostEntries
 
-GENE_SELECTIONS = ("weighted", "variable", "random")
+GENE_SELECTIONS = ("weighted", "variable", "random", "slide")
 VARIANCE_EPS = 1e-6
 # Non-zeros, or genes of as many windows, that are worked on at once on an accelerator: about 50 bytes of temporaries
 # each.
@@ -84,7 +84,8 @@ def select_genes(
 
     `"weighted"` draws without replacement with weights `v_g + eps` (Eq. 7): the genes with the smallest
     `-log(u_g) / (v_g + eps)`, u_g uniform, which is Gumbel top-k on `log(v_g + eps)` with one logarithm instead of
-    three. `"variable"` takes the highest variances, `"random"` any genes. Ties go to the lower vocabulary number.
+    three. `"variable"` and `"slide"` take the highest variances, `"random"` any genes. Ties go to the lower vocabulary
+    number.
 
     Args:
         variances: float64 (B, vocabulary), array or tensor; None for `"random"`.
@@ -99,7 +100,7 @@ def select_genes(
     in_numpy = isinstance(measured, np.ndarray)
     if variances is not None and len(measured) < variances.shape[1]:
         variances = variances[:, measured]
-    if gene_selection == "variable":
+    if gene_selection in ("variable", "slide"):
         cost = -variances
     else:
         keys = np.array([[stream_key(seed, window, GENE_STREAM)] for window in windows])
@@ -130,8 +131,8 @@ def _lowest_of_row(cost: np.ndarray, count: int) -> np.ndarray:
 
 
 def _slide_variances(image: SlideImage, device: str | torch.device) -> Any:
-    """float64 (1, vocabulary), array or tensor: variances over all spots of the slide, for every window alike."""
-    variances = image.gene_variances[None]
+    """float64 (1, vocabulary), array or tensor: rounded variances over all spots of the slide, for all windows."""
+    variances = np.rint(image.gene_variances / VARIANCE_STEP)[None] * VARIANCE_STEP
     return variances if on_host(device) else torch.from_numpy(variances).to(device)
 
 
@@ -187,7 +188,8 @@ def make_windows(
         if genes is None:
             variances = None
             if gene_selection != "random":
-                variances = _slide_variances(image, device) if slide_variances else entries.variances()
+                of_slide = slide_variances or gene_selection == "slide"
+                variances = _slide_variances(image, device) if of_slide else entries.variances()
             chosen = select_genes(variances, measured, num_channels, gene_selection, seed, windows[part])
             gene_ids[part, : chosen.shape[1]] = chosen
         entries.rasterize(gene_ids[part], pixel_values, first, len(spot_index))

@@ -12,13 +12,13 @@ from modeling_stimg.embedding_stimg import neighbourhood_mean
 from modeling_stimg.sampling_stimg import covering_corners
 
 
-def plain_embedding(model, processor, image: SlideImage, stride: int, readout: str, draws: int) -> np.ndarray:
+def plain_embedding(model, processor, image: SlideImage, stride: int, readout: str, draws: int, **genes) -> np.ndarray:
     """One window and one masked quarter at a time, with a Python loop over sites."""
     size, width = processor.window_size, model.config.hidden_size
     total, count = np.zeros((image.num_spots, width)), np.zeros(image.num_spots)
     corners = covering_corners(image, size, stride) * draws
     for number, (top, left) in enumerate(corners):
-        batch = dict(processor(image, windows=[(top, left)], first_window=number, return_tensors="pt"))
+        batch = dict(processor(image, windows=[(top, left)], first_window=number, return_tensors="pt", **genes))
         spots = batch.pop("spot_index")[0].numpy()
         for row in range(size):
             for col in range(size):
@@ -28,7 +28,7 @@ def plain_embedding(model, processor, image: SlideImage, stride: int, readout: s
                 if readout == "context":
                     rows, cols = np.mgrid[top : top + size, left : left + size] % 2
                     same = (rows == (top + row) % 2) & (cols == (left + col) % 2)
-                    mask = torch.tensor(same)[None, None].expand(1, processor.num_channels, size, size)
+                    mask = torch.tensor(same)[None, None].expand(batch["pixel_values"].shape)
                 with torch.no_grad():
                     hidden = model.stimg(**batch, bool_masked_entries=mask).last_hidden_state
                 total[spots[row, col]] += hidden[0, row * size + col].numpy()
@@ -43,6 +43,24 @@ def test_embedding_equals_a_plain_loop(slides, vocabulary, model: STImageMAEForP
     fast = model.embed(image, processor, stride=4, readout=readout, num_gene_draws=2, batch_size=3)
     slow = plain_embedding(model, processor, image, 4, readout, 2)
     np.testing.assert_allclose(fast, slow, atol=1e-4)
+
+
+def test_as_many_genes_as_asked_for_the_same_ones_everywhere(slides, vocabulary, model: STImageMAEForPreTraining):
+    processor = STPatchProcessor(vocabulary, window_size=5, num_channels=16)
+    image = processor.slide_to_image(slides["square"])
+    fast = model.embed(image, processor, stride=4, gene_selection="slide", num_channels=40)
+    most_variable = np.argsort(-image.gene_variances, kind="stable")[:40]
+    slow = plain_embedding(model, processor, image, 4, "spot", 1, genes=most_variable)
+    np.testing.assert_allclose(fast, slow, atol=1e-4)
+
+
+def test_centred_embeddings_are_less_their_mean_before_they_are_smoothed(images, processor, model):
+    image = images["staggered"]
+    plain = model.embed(image, processor).astype(np.float64)
+    centred = model.embed(image, processor, centered=True)
+    np.testing.assert_allclose(centred, plain - plain.mean(0), atol=1e-5)
+    smoothed = model.embed(image, processor, centered=True, smoothing=2)
+    np.testing.assert_allclose(smoothed, neighbourhood_mean(image, plain - plain.mean(0), 2), atol=1e-5)
 
 
 def test_both_is_spot_and_context_side_by_side(images, processor, model: STImageMAEForPreTraining):
@@ -175,6 +193,7 @@ def test_unusable_device_gets_one_clear_sentence(images, processor, model: STIma
         ({"stride": 0}, "stride is 0"),
         ({"stride": 7}, "larger than the window"),
         ({"num_gene_draws": 0}, "num_gene_draws is 0"),
+        ({"num_channels": 0}, "num_channels is 0"),
         ({"smoothing": -1}, "smoothing is -1"),
         ({"gene_selection": "best"}, "gene_selection is 'best'"),
     ],

@@ -40,6 +40,7 @@ def random_images(draw) -> SlideImage:
 
 def plain_selection(image: SlideImage, spots: list[int], channels: int, rule: str, seed: int, window: int) -> list[int]:
     """Genes of a window, one after another, in plain Python; variances in exact fractions."""
+    spots = list(range(image.num_spots)) if rule == "slide" else spots
     columns = {int(g): [Fraction(0)] * len(spots) for g in image.measured}
     for place, spot in enumerate(spots):
         for position in range(image.indptr[spot], image.indptr[spot + 1]):
@@ -51,11 +52,12 @@ def plain_selection(image: SlideImage, spots: list[int], channels: int, rule: st
         uniform = float(counter_uniform(key, np.array([gene]))[0])
         costs[gene] = {
             "variable": -variance,
+            "slide": -variance,
             "random": uniform,
             "weighted": -math.log(uniform) / (variance + VARIANCE_EPS),
         }[rule]
     order = sorted(costs, key=lambda gene: (costs[gene], gene))
-    if rule == "variable" and channels < len(order):  # almost equal, but not equal: either would be right
+    if rule in ("variable", "slide") and channels < len(order):  # almost equal, but not equal: either would be right
         gap = costs[order[channels]] - costs[order[channels - 1]]
         assume(gap == 0 or gap > 1e-9)
     return sorted(order[:channels])
@@ -86,7 +88,7 @@ def plain_window(image: SlideImage, corner: tuple[int, int], size: int, genes: l
 
 @given(
     random_images(),
-    st.sampled_from(["weighted", "variable", "random"]),
+    st.sampled_from(["weighted", "variable", "random", "slide"]),
     st.integers(1, 9),
     st.integers(1, 70),
     st.integers(0, 2**40),
@@ -187,7 +189,9 @@ def torch_path(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("modeling_stimg.slide_image_stimg.on_host", lambda device: False)
 
 
-@given(random_images(), st.sampled_from(["weighted", "variable", "random"]), st.integers(1, 9), st.integers(1, 70))
+@given(
+    random_images(), st.sampled_from(["weighted", "variable", "random", "slide"]), st.integers(1, 9), st.integers(1, 70)
+)
 @settings(deadline=None, max_examples=60)
 def test_torch_and_numpy_make_the_same_windows_of_any_slide(image, rule: str, size: int, channels: int):
     rng = np.random.default_rng(0)
@@ -205,7 +209,7 @@ def test_torch_and_numpy_make_the_same_windows_of_any_slide(image, rule: str, si
         assert torch.equal(in_torch[key], in_numpy[key]), key
 
 
-@pytest.mark.parametrize("rule", ["weighted", "variable", "random", "given"])
+@pytest.mark.parametrize("rule", ["weighted", "variable", "random", "slide", "given"])
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 def test_torch_and_numpy_make_the_same_windows(
     images, processor: STPatchProcessor, torch_path, monkeypatch: pytest.MonkeyPatch, rule: str, at_once: int
@@ -224,7 +228,7 @@ def test_torch_and_numpy_make_the_same_windows(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rule", ["weighted", "variable", "random"])
+@pytest.mark.parametrize("rule", ["weighted", "variable", "random", "slide"])
 def test_a_gpu_makes_the_same_windows(images, processor: STPatchProcessor, rule: str):
     call = {"num_windows": 64, "seed": 4, "gene_selection": rule, "return_tensors": "pt"}
     for image in images.values():
@@ -278,7 +282,7 @@ def test_highest_variances_are_taken_and_ties_go_to_the_lower_number(values: lis
         assert (np.asarray(chosen)[0] - 3).tolist() == expected
 
 
-@pytest.mark.parametrize("gene_selection", ["weighted", "variable", "random"])
+@pytest.mark.parametrize("gene_selection", ["weighted", "variable", "random", "slide"])
 def test_genes_are_distinct_measured_and_drawn_anew_for_each_window(
     images: dict[str, SlideImage], processor: STPatchProcessor, gene_selection: str
 ):
@@ -286,7 +290,7 @@ def test_genes_are_distinct_measured_and_drawn_anew_for_each_window(
     for ids in batch["gene_ids"]:
         assert len(set(ids)) == processor.num_channels
         assert set(ids) <= set(images["square"].measured)
-    assert (batch["gene_ids"][0] == batch["gene_ids"][1]).all() == (gene_selection == "variable")
+    assert (batch["gene_ids"][0] == batch["gene_ids"][1]).all() == (gene_selection in ("variable", "slide"))
 
 
 def test_drawn_corners_are_uniform_over_the_admissible_ones(images, processor: STPatchProcessor):

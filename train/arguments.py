@@ -47,7 +47,7 @@ class CorpusArguments:
         default="lattice", metadata={"help": "How array indices become a grid: lattice, rank or minmax."}
     )
     gene_selection: str = field(
-        default="weighted", metadata={"help": "How a window's genes are drawn: weighted, variable or random."}
+        default="weighted", metadata={"help": "How a window's genes are drawn: weighted, variable, random or slide."}
     )
     normalization: str = field(
         default="log1p",

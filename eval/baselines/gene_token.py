@@ -55,8 +55,9 @@ class GeneTokenConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     mask_ratio: float | int = 0.3
     embedding_defaults: dict[str, Any] | None = None
-    # What the Trainer and `embed_image` ask of a model; there is no other choice here.
+    # What the Trainer, `embed_image` and the layers ask of a model; there is no other choice here, and no position.
     mask_unit: str = "entry"
+    position_embedding_type: str = "window"
     sample_unit: str = "spot"
 
     def __post_init__(self, **kwargs: Any) -> None:
