@@ -35,6 +35,7 @@ def assemble(
     num_proc: int = 1,
     seed: int = 0,
     progress: bool = True,
+    vector_smoothing: int = 0,
 ) -> Corpus:
     """Make a corpus folder ready for training; what was there before is replaced as a whole.
 
@@ -43,6 +44,7 @@ def assemble(
         target_sum: counts per spot that means, deviations and vectors are computed at.
         rank: how many leading gene vectors; 0 = none.
         num_proc: processes that write the memory-mapped form.
+        vector_smoothing: `smoothing` of `leading_gene_vectors`.
 
     Raises:
         ValueError: no files.
@@ -56,13 +58,16 @@ def assemble(
     sums = GeneSums.of(images, progress)
     vocabulary = vocabulary.with_statistics(*sums.moments(), share=sums.shares())
     if rank > 0:
-        vectors = leading_gene_vectors(images, vocabulary.mean, vocabulary.deviation, rank, seed, progress=progress)
+        vectors = leading_gene_vectors(
+            images, vocabulary.mean, vocabulary.deviation, rank, seed, progress=progress, smoothing=vector_smoothing
+        )
         temporary = folder / f"{VECTORS_FILE}.tmp"
         # safetensors writes the bytes as they lie in memory, whatever the strides say.
         save_file({"vectors": np.ascontiguousarray(vectors)}, temporary)
         temporary.replace(folder / VECTORS_FILE)
     vocabulary.save(folder)
     facts = {"slides": len(files), "vocabulary": vocabulary.ids_sha256, "target_sum": float(target_sum)}
+    facts["vector_smoothing"] = vector_smoothing
     facts["shards"] = [file.relative_to(folder).as_posix() for file in files]
     write_whole(folder / CORPUS_FILE, (json.dumps(facts, indent=1) + "\n").encode("utf-8"))
     return Corpus(folder)
@@ -95,16 +100,17 @@ def content_hash(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def load_vectors(corpus: Corpus, target_sum: float | str, rank: int) -> np.ndarray | None:
+def load_vectors(corpus: Corpus, target_sum: float | str, rank: int, smoothing: int = 0) -> np.ndarray | None:
     """The first `rank` leading gene vectors of a corpus, float32 (vocabulary, rank).
 
-    None where it has fewer, or those of another `target_sum`.
+    None where it has fewer, or those of another `target_sum` or smoothing.
 
     Raises:
         ValueError: the file is damaged or cut off.
     """
     path = corpus.folder / VECTORS_FILE
-    if not path.exists() or target_sum != corpus.target_sum:
+    same = target_sum == corpus.target_sum and smoothing == corpus.facts.get("vector_smoothing", 0)
+    if not path.exists() or not same:
         return None
     check_weights(path, str(corpus.folder))
     with safe_open(path, "np") as file:

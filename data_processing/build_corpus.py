@@ -89,6 +89,10 @@ class BuildArguments:
     min_genes: int = field(default=QualityRules.min_genes, metadata={"help": "Known genes that a slide needs."})
     target_sum: float = field(default=1e4, metadata={"help": "Counts per spot for means, deviations and vectors."})
     rank: int = field(default=256, metadata={"help": "Leading gene vectors to compute; 0 = none."})
+    vector_smoothing: int = field(
+        default=0,
+        metadata={"help": "Radius in sites of the means that gene vectors are computed of; 0 = of single spots."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the gene vectors."})
     name: str = field(default="Spatial transcriptomics corpus", metadata={"help": "Title of the card."})
 
@@ -298,7 +302,16 @@ def finish(
     if not files:
         reasons = "; ".join(f"{r['id']}: {reason_of(r)}" for r in records[:3])
         raise ValueError(f"None of {len(records)} slides may enter the corpus ({reasons}).")
-    assemble(output, files, plan.vocabulary, arguments.target_sum, arguments.rank, arguments.num_proc, arguments.seed)
+    assemble(
+        output,
+        files,
+        plan.vocabulary,
+        arguments.target_sum,
+        arguments.rank,
+        arguments.num_proc,
+        arguments.seed,
+        vector_smoothing=arguments.vector_smoothing,
+    )
     extra = {
         "name": arguments.name,
         "configs": CONFIGS,

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import connected_components
+from sklearn.neighbors import radius_neighbors_graph
 from tqdm.auto import tqdm
 
 from data_processing.window_dataset import spots_of
@@ -182,6 +183,7 @@ def leading_gene_vectors(
     max_spots: int = 50_000,
     num_iterations: int = 4,
     progress: bool = True,
+    smoothing: int = 0,
 ) -> np.ndarray:
     """Leading right singular vectors of the corpus' standardised expression, by randomised subspace iteration.
 
@@ -191,30 +193,68 @@ def leading_gene_vectors(
     Args:
         mean, deviation: float32 (vocabulary,), from `gene_moments`.
         rank: number of vectors. seed: of the start and of the subset of spots.
-        max_spots: a corpus with more spots is represented by that many, drawn at random.
+        max_spots: a corpus with more spots is represented by that many, drawn at random; with `smoothing` by whole
+            slides, but for a part of the last one.
+        smoothing: 0: of every spot's own expression. From 1: of its mean over the spots in the square of this radius in
+            sites, less the mean of the slide. Most of a spot's variance is noise, of which neighbours share none.
 
     Returns:
         float32 (vocabulary, rank), orthonormal columns; fewer than `rank` are non-zero where the corpus has fewer
         spots or genes.
     """
     rng = np.random.default_rng([seed, 0])
-    spots = _subset_of_spots(spots_of(images), max_spots, rng)
+    draw = _subset_of_slides if smoothing else _subset_of_spots
+    spots = draw(spots_of(images), max_spots, rng)
+    smooth = [_Smoother(image, chosen, smoothing) for image, chosen in zip(images, spots, strict=True)]
     num_genes, num_spots = len(mean), sum(map(len, spots))
     width = min(rank + 16, num_genes, num_spots)
     basis = torch.from_numpy(np.linalg.qr(rng.standard_normal((num_genes, width)))[0].astype(np.float32))
     for _ in tqdm(range(num_iterations), desc="gene vectors", disable=not progress):
-        left = torch.cat([block @ basis for block in _standardized_blocks(images, spots, mean, deviation)])
+        left = torch.cat(
+            [
+                smoother.of(torch.cat([block @ basis for block in _standardized_blocks(*slide, mean, deviation)]))
+                for smoother, *slide in zip(smooth, images, spots, strict=True)
+                if len(slide[1])
+            ]
+        )
         left = torch.linalg.qr(left)[0]
-        basis, start = torch.zeros_like(basis), 0
-        for block in _standardized_blocks(images, spots, mean, deviation):
-            basis += block.T @ left[start : start + len(block)]
-            start += len(block)
+        basis, first = torch.zeros_like(basis), 0
+        for smoother, *slide in zip(smooth, images, spots, strict=True):
+            of_slide, start = smoother.transposed(left[first : first + len(slide[1])]), 0
+            for block in _standardized_blocks(*slide, mean, deviation):
+                basis += block.T @ of_slide[start : start + len(block)]
+                start += len(block)
+            first += start
         vectors, _, _ = torch.linalg.svd(basis, full_matrices=False)
         basis = vectors
     kept = basis[:, : min(rank, width)].numpy()
     # The sign of a singular vector is arbitrary: fix it, so that the start does not depend on the linear algebra.
     kept = kept * np.where(kept[np.abs(kept).argmax(0), np.arange(kept.shape[1])] < 0, -1.0, 1.0).astype(np.float32)
     return np.pad(kept, ((0, 0), (0, rank - kept.shape[1])))
+
+
+class _Smoother:
+    """Means over neighbours less their mean over the slide, as a linear map of what its spots have; or the identity."""
+
+    def __init__(self, image: SlideImage, spots: np.ndarray, radius: int):
+        self.means = None
+        if radius and len(spots):
+            sites = np.column_stack([image.rows[spots], image.cols[spots]])
+            near = radius_neighbors_graph(sites, radius, mode="connectivity", metric="chebyshev", include_self=True)
+            self.means = (sp.diags_array(1 / np.diff(near.indptr)) @ near).astype(np.float32)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """float32 (spots, k) -> float32 (spots, k)."""
+        if self.means is None:
+            return values
+        return torch.from_numpy(self.means @ (values - values.mean(0)).numpy())
+
+    def transposed(self, values: torch.Tensor) -> torch.Tensor:
+        """The transposed map: float32 (spots, k) -> float32 (spots, k)."""
+        if self.means is None:
+            return values
+        spread = torch.from_numpy(self.means.T @ values.numpy())
+        return spread - spread.mean(0)
 
 
 def _subset_of_spots(num_spots: np.ndarray, max_spots: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -227,16 +267,24 @@ def _subset_of_spots(num_spots: np.ndarray, max_spots: int, rng: np.random.Gener
     return [chosen[(chosen >= a) & (chosen < b)] - a for a, b in itertools.pairwise(starts)]
 
 
+def _subset_of_slides(num_spots: np.ndarray, max_spots: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """The same, neighbours together: whole slides in a random order, of the last one the first rows of its grid."""
+    left, spots = max_spots, [np.arange(0)] * len(num_spots)
+    for slide in rng.permutation(len(num_spots)):
+        spots[slide] = np.arange(min(num_spots[slide], left))
+        left -= len(spots[slide])
+    return spots
+
+
 def _standardized_blocks(
-    images: Sequence[SlideImage], spots: Sequence[np.ndarray], mean: np.ndarray, deviation: np.ndarray
+    image: SlideImage, chosen: np.ndarray, mean: np.ndarray, deviation: np.ndarray
 ) -> Iterator[torch.Tensor]:
-    """float32 (at most BLOCK_SPOTS, vocabulary), block by block, in the order of slides and spots."""
-    for image, chosen in zip(images, spots, strict=True):
-        measured = np.zeros(len(mean), dtype=np.float32)
-        measured[image.measured] = 1 / deviation[image.measured]
-        for start in range(0, len(chosen), BLOCK_SPOTS):
-            part = chosen[start : start + BLOCK_SPOTS]
-            genes, values, owner = image.expression(part)
-            dense = np.zeros((len(part), len(mean)), dtype=np.float32)
-            dense[owner, genes] = values
-            yield torch.from_numpy((dense - mean) * measured)
+    """float32 (at most BLOCK_SPOTS, vocabulary), block by block, in the order of spots."""
+    measured = np.zeros(len(mean), dtype=np.float32)
+    measured[image.measured] = 1 / deviation[image.measured]
+    for start in range(0, len(chosen), BLOCK_SPOTS):
+        part = chosen[start : start + BLOCK_SPOTS]
+        genes, values, owner = image.expression(part)
+        dense = np.zeros((len(part), len(mean)), dtype=np.float32)
+        dense[owner, genes] = values
+        yield torch.from_numpy((dense - mean) * measured)

@@ -45,6 +45,8 @@ class STImageMAEConfig(PreTrainedConfig):
         reconstruction (`str`): How a masked entry is predicted. `"product"`: the site's decoded feature, projected,
             times the gene's embedding (Eq. 8). `"residual"`: that product, plus the mean of the gene's visible values
             at the other sites, weighted by attention between sites: the product only tells how the site differs.
+        target_smoothing (`int`): What is to be predicted of a masked entry: 0, its value; from 1, the mean of the gene
+            over the observed sites in the square of this radius around it, which holds less noise.
         position_embedding_type (`str`): `"window"` encodes a site's row and column within its window; `"slide"` its
             `coordinates` on the slide, 0 to 100 an axis; both are fixed 2-D sine-cosine codes that are added to a site.
             `"rotary"` turns queries and keys by row and column instead, and lets heads prefer sites nearby: how sites
@@ -76,6 +78,7 @@ class STImageMAEConfig(PreTrainedConfig):
     mask_unit: str = "entry"
     sample_unit: str = "patch"
     reconstruction: str = "product"
+    target_smoothing: int = 0
     position_embedding_type: str = "window"
     embedding_defaults: dict[str, Any] | None = None
 
@@ -135,6 +138,8 @@ class STImageMAEConfig(PreTrainedConfig):
             )
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}: expected a share between 0 and 1.")
+        if self.target_smoothing < 0:
+            raise ValueError(f"target_smoothing is {self.target_smoothing}: expected a radius in sites, from 0.")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id is {self.pad_token_id}: expected a row of the gene table, 0 to {self.vocab_size - 1}."

@@ -128,6 +128,34 @@ def hidden_entries(channel_mask: torch.Tensor, bool_masked_entries: torch.Tensor
     return unmeasured if bool_masked_entries is None else unmeasured | bool_masked_entries.flatten(2)
 
 
+def local_means(pixel_values: torch.Tensor, pixel_mask: torch.Tensor, radius: int) -> torch.Tensor:
+    """Mean over the observed sites in the (2 * radius + 1)-sided square around each site, itself included.
+
+    Args:
+        pixel_values: float (B, C, S, S), 0 at empty sites. pixel_mask: bool (B, S, S), True = observed.
+        radius: in sites.
+
+    Returns:
+        float (B, C, S, S); 0 where no site is observed.
+    """
+    if radius == 0:
+        return pixel_values
+    # Separable, and a sum of shifted copies rather than a convolution: the square is small and the channels are many.
+    observed = pixel_mask[:, None].to(pixel_values.dtype)
+    total, count = (_box_sum(_box_sum(t, radius, -1), radius, -2) for t in (pixel_values, observed))
+    return total / count.clamp(min=1)
+
+
+def _box_sum(values: torch.Tensor, radius: int, dim: int) -> torch.Tensor:
+    """Sums over `2 * radius + 1` neighbours along an axis, what lies beyond it being 0."""
+    side = values.shape[dim]
+    total = values.clone()
+    for step in range(1, min(radius, side - 1) + 1):
+        total.narrow(dim, step, side - step).add_(values.narrow(dim, 0, side - step))
+        total.narrow(dim, 0, side - step).add_(values.narrow(dim, step, side - step))
+    return total
+
+
 def masked_mean_squared_error(reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over windows of each window's mean squared error over its masked entries, in float32."""
     # What is not masked is compared with itself: one pass, where a multiplication by the mask takes several.
@@ -139,4 +167,12 @@ def masked_mean_squared_error(reconstruction: torch.Tensor, target: torch.Tensor
     return per_window.sum() / (masked > 0).sum().clamp(min=1)
 
 
-__all__ = ["default_masks", "draw_mask", "first_lowest", "hidden_entries", "lowest", "masked_mean_squared_error"]
+__all__ = [
+    "default_masks",
+    "draw_mask",
+    "first_lowest",
+    "hidden_entries",
+    "local_means",
+    "lowest",
+    "masked_mean_squared_error",
+]

@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stimg import STImageMAEConfig
 from .embedding_stimg import embed_image
-from .masking_stimg import default_masks, draw_mask, hidden_entries, masked_mean_squared_error
+from .masking_stimg import default_masks, draw_mask, hidden_entries, local_means, masked_mean_squared_error
 from .pipeline_stimg import custom_pipelines
 from .positions_stimg import Locality, rotary_angles, rotate, sine_cosine_positions, site_positions
 from .reconstruction_stimg import reconstruct_spots
@@ -55,7 +55,7 @@ class STImageMAEForPreTrainingOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`): Eq. 8: mean over windows of each window's mean squared error over its
-            masked entries; windows without a masked entry do not count.
+            masked entries, or their local means (`config.target_smoothing`); windows without one do not count.
         reconstruction (`torch.Tensor` of shape `(batch_size, num_channels, window_size, window_size)`): The predicted
             value of every entry, masked or not; 0 at empty sites.
         mask (`torch.BoolTensor` of shape `(batch_size, num_channels, window_size, window_size)`): True = was masked.
@@ -480,8 +480,9 @@ class STImageMAEForPreTraining(STImageMAEPreTrainedModel):
         reconstruction = self.reconstruct(
             outputs.last_hidden_state, gene_ids, pixel_mask, coordinates, pixel_values, visible
         )
+        target = local_means(pixel_values, pixel_mask, self.config.target_smoothing)
         return STImageMAEForPreTrainingOutput(
-            loss=masked_mean_squared_error(reconstruction, pixel_values, mask),
+            loss=masked_mean_squared_error(reconstruction, target, mask),
             reconstruction=reconstruction,
             mask=mask,
             hidden_states=outputs.hidden_states,

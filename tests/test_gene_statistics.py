@@ -5,6 +5,7 @@ import pytest
 
 from data_processing.gene_statistics import DEVIATION_FLOOR, gene_moments, gene_shares, leading_gene_vectors
 from modeling_stimg import GeneVocabulary, SlideImage, STPatchProcessor
+from modeling_stimg.embedding_stimg import neighbourhood_mean
 
 
 @pytest.fixture
@@ -100,6 +101,26 @@ def test_vectors_span_the_leading_right_singular_space(corpus: list[SlideImage])
         np.linalg.norm(standard @ vectors, axis=0), np.linalg.norm(standard @ exact, axis=0), rtol=1e-3
     )
     assert abs(vectors[:, 0] @ exact[:, 0]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("radius", [1, 3])
+def test_vectors_of_smoothed_expression_span_what_neighbours_share(corpus: list[SlideImage], radius: int):
+    mean, deviation = gene_moments(corpus)
+    options = {"rank": 5, "num_iterations": 30, "progress": False, "smoothing": radius}
+    vectors = leading_gene_vectors(corpus, mean, deviation, **options)
+    smoothed = []
+    for image in corpus:
+        standard = np.nan_to_num((dense(image) - mean) / deviation)
+        means = neighbourhood_mean(image, standard, radius)
+        smoothed.append(means - neighbourhood_mean(image, np.tile(standard.mean(0), (len(standard), 1)), radius))
+    exact = np.linalg.svd(np.concatenate(smoothed), full_matrices=False)[2][:5].T
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(5), atol=1e-4)
+    captured = [np.linalg.norm(np.concatenate(smoothed) @ of, axis=0) for of in (vectors, exact)]
+    np.testing.assert_allclose(*captured, rtol=1e-3)
+    assert abs(vectors[:, 0] @ exact[:, 0]) == pytest.approx(1, abs=1e-3)
+    few = leading_gene_vectors(corpus, mean, deviation, **options, max_spots=corpus[0].num_spots + 5)
+    assert not np.array_equal(few, vectors)
+    np.testing.assert_allclose(few.T @ few, np.eye(5), atol=1e-4)
 
 
 def test_vectors_are_the_same_every_time_and_padded_beyond_the_corpus(corpus: list[SlideImage]):

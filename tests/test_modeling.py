@@ -196,6 +196,24 @@ def test_token_scale_does_not_depend_on_the_number_of_visible_genes(model: STIma
         torch.testing.assert_close(by_mask, every)
 
 
+@pytest.mark.parametrize("radius", [0, 1, 2, 9])
+def test_smoothed_targets_are_means_over_observed_sites(config: STImageMAEConfig, batch, radius: int):
+    """The loss of a model that predicts 0 is the mean square of what it should have predicted."""
+    model = STImageMAEForPreTraining(STImageMAEConfig(**{**config.to_dict(), "target_smoothing": radius})).eval()
+    with torch.no_grad():
+        model.decoder.project.weight.zero_()
+        model.decoder.project.bias.zero_()
+        output = model(**batch, noise=noise_like(batch["pixel_values"]))
+    seen, values, losses = batch["pixel_mask"], batch["pixel_values"], []
+    for b in range(len(values)):
+        squares = []
+        for channel, row, col in output.mask[b].nonzero().tolist():
+            place = (slice(max(row - radius, 0), row + radius + 1), slice(max(col - radius, 0), col + radius + 1))
+            squares.append(values[b, channel][place][seen[b][place]].mean() ** 2)
+        losses.append(torch.stack(squares).mean())
+    torch.testing.assert_close(output.loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
 def test_any_window_size_and_number_of_channels_work(model: STImageMAEForPreTraining):
     for channels, size in ((1, 1), (3, 9), (50, 2)):
         ids = torch.arange(channels)[None].expand(2, -1)

@@ -133,6 +133,10 @@ class ModelArguments:
             "mean of the gene's visible values at other sites, weighted by attention."
         },
     )
+    target_smoothing: int = field(
+        default=0,
+        metadata={"help": "Radius in sites of the mean that is predicted of a masked entry; 0 = its own value."},
+    )
     position_embedding_type: str = field(
         default="window",
         metadata={"help": "Positions of sites: within the window or on the slide, added to them; or rotary, relative."},
@@ -140,6 +144,12 @@ class ModelArguments:
     singular_start: bool = field(
         default=True,
         metadata={"help": "Start gene embeddings from the singular vectors of the corpus instead of at random."},
+    )
+    vector_smoothing: int = field(
+        default=0,
+        metadata={
+            "help": "Radius in sites of the means over neighbours whose singular vectors they are; 0 = single spots."
+        },
     )
     freeze_gene_embeddings: bool = field(
         default=False,
@@ -151,7 +161,7 @@ class ModelArguments:
 
     def config_fields(self) -> dict[str, Any]:
         """The fields that belong to STImageMAEConfig."""
-        ours = {"init_from", "singular_start", "freeze_gene_embeddings"}
+        ours = {"init_from", "singular_start", "vector_smoothing", "freeze_gene_embeddings"}
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
 
     def __post_init__(self) -> None:

@@ -30,7 +30,10 @@ ARCHITECTURE = (
 )
 VALUES = ("compaction", "normalization", "target_sum")
 # What may be chosen anew; a parent's choice stands where nothing is given.
-OBJECTIVE = ("window_size", "num_channels", "hidden_dropout_prob", "mask_ratio", "mask_unit", "embedding_defaults")
+OBJECTIVE = (
+    *("window_size", "num_channels", "hidden_dropout_prob", "mask_ratio", "mask_unit", "target_smoothing"),
+    "embedding_defaults",
+)
 SAMPLING = ("gene_selection", "min_observed")
 
 

@@ -174,13 +174,16 @@ def renumbered(
     return extended, RenumberedImages(images, numbers, len(extended))
 
 
-def gene_vectors(processor: STPatchProcessor, images: Sequence[SlideImage], rank: int, seed: int) -> np.ndarray:
+def gene_vectors(
+    processor: STPatchProcessor, images: Sequence[SlideImage], rank: int, seed: int, smoothing: int = 0
+) -> np.ndarray:
     """Leading gene vectors float32 (vocabulary, rank): those that a corpus holds, else computed."""
     built = getattr(images, "corpus", None)
     if built is not None:
         from data_processing.assembling import load_vectors
 
-        known = load_vectors(built, processor.target_sum, rank)
+        known = load_vectors(built, processor.target_sum, rank, smoothing)
         if known is not None:
             return known
-    return leading_gene_vectors(images, processor.vocabulary.mean, processor.vocabulary.deviation, rank, seed)
+    mean, deviation = processor.vocabulary.mean, processor.vocabulary.deviation
+    return leading_gene_vectors(images, mean, deviation, rank, seed, smoothing=smoothing)

@@ -84,6 +84,7 @@ def deciding_arguments(
         **{k: v for k, v in fields.items() if k not in left_out},
         **{k: v for k, v in training.to_dict().items() if k in DECIDING},
         "singular_start": model.singular_start,
+        "vector_smoothing": model.vector_smoothing,
         "freeze_gene_embeddings": model.freeze_gene_embeddings,
         "init_from": None if parent is None else parent.sha256,
         "windows_a_step": training.windows_a_step,

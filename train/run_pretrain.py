@@ -69,7 +69,8 @@ def build_model(
     config = STImageMAEConfig(vocab_size=len(processor.vocabulary) + 1, **arguments.config_fields())
     model = STImageMAEForPreTraining(config)
     if arguments.singular_start:
-        start_gene_embeddings(model, gene_vectors(processor, images, config.hidden_size, seed))
+        vectors = gene_vectors(processor, images, config.hidden_size, seed, arguments.vector_smoothing)
+        start_gene_embeddings(model, vectors)
     model.get_input_embeddings().weight.requires_grad_(not arguments.freeze_gene_embeddings)
     return model
 
