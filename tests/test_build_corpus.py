@@ -152,6 +152,7 @@ def test_a_corpus_without_its_training_form_is_opened_from_its_shards(
     shards[1].write_bytes(shards[1].read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"rows of .*downloaded cannot be read \(.*\): download the corpus again"):
         Corpus(folder).column("id")
+    assert load_vectors(Corpus(corpus), 1e4, 4, smoothing=1) is None, "the corpus holds those of single spots"
     vectors = tmp_path / "downloaded" / "gene_vectors.safetensors"
     vectors.write_bytes((corpus / vectors.name).read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"gene_vectors.safetensors of .*downloaded is damaged or cut off"):
