@@ -123,8 +123,9 @@ class Run:
             ValueError: options that do not exist, are out of range, or that the variant cannot give.
         """
         config = SimpleNamespace(embedding_defaults=self.trained.embedding_defaults, mask_unit=self.trained.mask_unit)
-        selection = self.processor.get("gene_selection", self.trained.gene_selection)
-        processor = SimpleNamespace(window_size=self.window_size, gene_selection=selection)
+        told = {name: getattr(self.trained, name) for name in ("gene_selection", "num_channels")}
+        told |= {name: self.processor[name] for name in told if name in self.processor}
+        processor = SimpleNamespace(window_size=self.window_size, **told)
         return embedding_options(SimpleNamespace(config=config), processor, **self.embedding)
 
 

@@ -39,12 +39,14 @@ class Variant:
     Attributes:
         fields: of `train/run_pretrain.py`, as far as they are given. folder: where the model is or will be.
         window_size: of the model. least_windows: how many windows the training draws at least; None where that is told
-            by the slides. mask_unit, compaction, gene_selection, sample_unit, embedding_defaults: of the model too.
+            by the slides. num_channels, mask_unit, compaction, gene_selection, sample_unit, embedding_defaults: of the
+            model too.
     """
 
     fields: Mapping[str, Any]
     folder: Path
     window_size: int
+    num_channels: int
     mask_unit: str
     compaction: str
     gene_selection: str
@@ -98,6 +100,7 @@ def make_variant(fields: Mapping[str, Any], models: Path) -> Variant:
         fields=dict(fields),
         folder=models / digest[:12],
         window_size=model.window_size,
+        num_channels=model.num_channels,
         mask_unit=model.mask_unit,
         compaction=corpus.compaction,
         gene_selection=corpus.gene_selection,
