@@ -99,7 +99,7 @@ class Locality(nn.Module):
         """float (1, heads, 1, head_dim)."""
         places = torch.zeros(self.head_dim, device=self.strength.device, dtype=self.strength.dtype)
         # Attention divides scores by the square root of the width.
-        places[[0, self.head_dim // 4]] = self.head_dim**0.25
+        places[: self.head_dim // 2 : self.head_dim // 4] = self.head_dim**0.25  # the first pair of rows and of columns
         return self.strength[None, :, None, None] * places
 
 

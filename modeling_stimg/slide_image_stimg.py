@@ -122,17 +122,21 @@ class SlideImage:
         return (100.0 * sites / np.maximum(levels - 1, 1)).astype(np.float32)
 
     @cached_property
+    def _gene_moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Means of every gene's log1p values and of their squares over all spots, both float64 (vocabulary,)."""
+        genes, values = np.asarray(self.indices), np.asarray(self.values, dtype=np.float64)
+        mean, square = (np.bincount(genes, w, self.pad_id) / max(self.num_spots, 1) for w in (values, values**2))
+        return mean, square
+
+    @cached_property
     def gene_means(self) -> np.ndarray:
         """float32 (vocabulary,): mean of every gene's log1p values over all spots; 0 for genes not measured."""
-        values = np.asarray(self.values, dtype=np.float64)
-        sums = np.bincount(np.asarray(self.indices), values, self.pad_id)
-        return (sums / max(self.num_spots, 1)).astype(np.float32)
+        return self._gene_moments[0].astype(np.float32)
 
     @cached_property
     def gene_variances(self) -> np.ndarray:
         """float64 (vocabulary,): population variance of every gene's log1p values over all spots."""
-        genes, values = np.asarray(self.indices), np.asarray(self.values, dtype=np.float64)
-        mean, square = (np.bincount(genes, w, self.pad_id) / max(self.num_spots, 1) for w in (values, values**2))
+        mean, square = self._gene_moments
         return np.maximum(square - mean**2, 0)
 
     def admissible_corners(self, window_size: int, min_observed: float) -> np.ndarray:
