@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from modeling_stimg import STImageMAEConfig, STImageMAEForPreTraining
-from modeling_stimg.modeling_stimg import STImageMAELocalMean
+from modeling_stimg.layers_stimg import STImageMAELocalMean
 
 
 def residual_model(config: STImageMAEConfig, **fields) -> STImageMAEForPreTraining:

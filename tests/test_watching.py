@@ -260,7 +260,7 @@ def test_means_change_no_result(small_config: Path, small_model: Path, tmp_path:
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often the attention of a layer runs."""
-    from modeling_stimg.modeling_stimg import STImageMAEAttention
+    from modeling_stimg.layers_stimg import STImageMAEAttention
 
     calls, original = [0], STImageMAEAttention.forward
 

@@ -24,8 +24,8 @@ from transformers.utils import ModelOutput
 
 from modeling_stimg import SlideImage, STPatchProcessor
 from modeling_stimg.embedding_stimg import embed_image
+from modeling_stimg.layers_stimg import STImageMAELayer
 from modeling_stimg.masking_stimg import default_masks, draw_mask, hidden_entries, masked_mean_squared_error
-from modeling_stimg.modeling_stimg import STImageMAELayer
 from modeling_stimg.sample_units_stimg import NUM_NEIGHBOURS
 
 
