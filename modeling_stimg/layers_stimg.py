@@ -26,7 +26,7 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_stimg import STImageMAEConfig
 from .masking_stimg import hidden_entries
-from .positions_stimg import Locality, rotary_angles, rotate, sine_cosine_positions
+from .positions_stimg import Locality, rotary_embeddings, rotate, sine_cosine_positions
 from .visible_sites_stimg import SiteSelection, select_sites
 
 
@@ -37,15 +37,15 @@ def add_positions(config: STImageMAEConfig, tokens: torch.Tensor, positions: tor
     return tokens + sine_cosine_positions(positions, tokens.shape[-1]).to(tokens.dtype)
 
 
-def attention_angles(
+def attention_positions(
     config: STImageMAEConfig, selection: SiteSelection, positions: torch.Tensor, head_dim: int
-) -> torch.Tensor | None:
-    """float (1 or B, L, head_dim / 2): by what the selected sites' queries and keys are turned; None: by nothing."""
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """By what the selected sites' queries and keys are turned, two float (1 or B, L, head_dim / 2), or None."""
     if config.position_embedding_type != "rotary":
         return None
     if selection.rows is not None:
         positions = selection.gather(positions.expand(len(selection.kept), -1, -1))
-    return rotary_angles(positions, head_dim)
+    return rotary_embeddings(positions, head_dim)
 
 
 class STImageMAEEmbeddings(nn.Module):
@@ -115,7 +115,7 @@ class STImageMAEAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        angles: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -123,9 +123,9 @@ class STImageMAEAttention(nn.Module):
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if angles is not None:
+        if position_embeddings is not None:
             local = self.locality().to(query.dtype)
-            query, key = rotate(query + local, angles), rotate(key + local, angles)
+            query, key = (rotate(heads + local, position_embeddings) for heads in (query, key))
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -159,10 +159,12 @@ class STImageMAELayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        angles: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, angles, **kwargs)
+        attended, _ = self.attention(
+            self.layernorm_before(hidden_states), attention_mask, position_embeddings, **kwargs
+        )
         hidden_states = hidden_states + self.dropout(attended)
         update = self.fc2(self.activation(self.fc1(self.layernorm_after(hidden_states))))
         return hidden_states + self.dropout(update)
@@ -193,9 +195,9 @@ class STImageMAEDecoder(nn.Module):
         hidden_states = selection.gather(hidden_states)  # (B, L, decoder width)
         attention_mask = create_bidirectional_mask(self.config, hidden_states, selection.keys)
         head_dim = hidden_states.shape[-1] // self.config.decoder_num_attention_heads
-        angles = attention_angles(self.config, selection, positions, head_dim)
+        position_embeddings = attention_positions(self.config, selection, positions, head_dim)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, angles)
+            hidden_states = layer(hidden_states, attention_mask, position_embeddings)
         hidden_states = self.layernorm(hidden_states)
         return selection, self.project(hidden_states), hidden_states  # observed sites: (B, L, D), (B, L, decoder width)
 
@@ -243,5 +245,5 @@ __all__ = [
     "STImageMAELayer",
     "STImageMAELocalMean",
     "add_positions",
-    "attention_angles",
+    "attention_positions",
 ]

@@ -37,7 +37,7 @@ from .layers_stimg import (
     STImageMAEDecoder,
     STImageMAEEmbeddings,
     STImageMAELayer,
-    attention_angles,
+    attention_positions,
 )
 from .masking_stimg import default_masks, draw_mask, hidden_entries, local_means, masked_mean_squared_error
 from .pipeline_stimg import custom_pipelines
@@ -199,9 +199,9 @@ class STImageMAEModel(STImageMAEPreTrainedModel):
         hidden_states = selection.gather(hidden_states)  # (B, L, D)
         attention_mask = create_bidirectional_mask(self.config, hidden_states, selection.keys)
         head_dim = hidden_states.shape[-1] // self.config.num_attention_heads
-        angles = attention_angles(self.config, selection, positions, head_dim)
+        position_embeddings = attention_positions(self.config, selection, positions, head_dim)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, angles, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
         last_hidden_state = selection.scatter(self.layernorm(hidden_states))  # (B, S*S, D)
         pooled = last_hidden_state.sum(1) / selection.kept.sum(1, keepdim=True).clamp(min=1)
         if dropped is not None:

@@ -44,8 +44,8 @@ def rotary_frequencies(head_dim: int, device: torch.device | None = None) -> tor
     return torch.cat([torch.full((1,), LOCAL_FREQUENCY, device=device), 100.0**-steps])
 
 
-def rotary_angles(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Angles of rotary position embeddings (RoPE; Su et al. 2021) on two axes.
+def rotary_embeddings(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embeddings (RoPE; Su et al. 2021) on two axes: cosines and sines of the angles, for all layers.
 
     Half of a head's pairs of dimensions turn with the row and half with the column, so that attention between two sites
     depends on how they lie to each other, and nothing on where in the window they lie.
@@ -54,21 +54,22 @@ def rotary_angles(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
         positions: float (..., 2), row and column. head_dim: a multiple of 4.
 
     Returns:
-        float32 (..., head_dim / 2).
+        cos, sin: float32 (..., head_dim / 2).
     """
-    return (positions.float()[..., None] * rotary_frequencies(head_dim, positions.device)).flatten(-2)
+    angles = (positions.float()[..., None] * rotary_frequencies(head_dim, positions.device)).flatten(-2)
+    return angles.cos(), angles.sin()
 
 
-def rotate(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotate(heads: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn the pairs (i, i + head_dim / 2) of queries or keys.
 
     Args:
-        heads: float (B, heads, L, head_dim). angles: float (1 or B, L, head_dim / 2).
+        heads: float (B, heads, L, head_dim). position_embeddings: float (1 or B, L, head_dim / 2), cosines and sines.
 
     Returns:
         float (B, heads, L, head_dim).
     """
-    cos, sin = (t[:, None].to(heads.dtype) for t in (angles.cos(), angles.sin()))
+    cos, sin = (t[:, None].to(heads.dtype) for t in position_embeddings)
     first, second = heads.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -119,4 +120,4 @@ def site_positions(
     return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1).flatten(0, 1)[None]
 
 
-__all__ = ["Locality", "rotary_angles", "rotary_frequencies", "rotate", "sine_cosine_positions", "site_positions"]
+__all__ = ["Locality", "rotary_embeddings", "rotary_frequencies", "rotate", "sine_cosine_positions", "site_positions"]

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from modeling_stimg import STImageMAEConfig, STImageMAEForPreTraining
 from modeling_stimg.masking_stimg import draw_mask
-from modeling_stimg.positions_stimg import Locality, rotary_angles, rotate, sine_cosine_positions
+from modeling_stimg.positions_stimg import (
+    Locality,
+    rotary_embeddings,
+    rotary_frequencies,
+    rotate,
+    sine_cosine_positions,
+)
 
 
 @pytest.fixture
@@ -262,7 +268,7 @@ def test_rotary_heads_start_as_gaussians_of_growing_width(head_dim: int):
     with torch.no_grad():
         locality.strength.copy_(locality.start())
     sites = torch.cartesian_prod(torch.arange(16.0), torch.arange(16.0))[None]
-    turned = rotate(locality().expand(1, -1, 256, -1), rotary_angles(sites, head_dim))
+    turned = rotate(locality().expand(1, -1, 256, -1), rotary_embeddings(sites, head_dim))
     weights = (turned @ turned.mT / head_dim**0.5).softmax(-1)[0, :, 8 * 16 + 8].view(6, 16, 16)
     offsets = torch.arange(16.0) - 8
     deviations = (weights * offsets[:, None] ** 2).sum((1, 2)).sqrt()
@@ -271,6 +277,29 @@ def test_rotary_heads_start_as_gaussians_of_growing_width(head_dim: int):
     torch.testing.assert_close(deviations[:3], wanted, rtol=0.15, atol=0.05)
     assert (deviations.diff() > 0).all()
     torch.testing.assert_close(weights, weights.mT)
+
+
+def test_queries_and_keys_turn_as_complex_numbers_do_by_angles_that_all_layers_share(config, batch, monkeypatch):
+    """Against every layer's angles computed for itself, from the positions."""
+    torch.manual_seed(0)
+    rotary = STImageMAEConfig(**{**config.to_dict(), "position_embedding_type": "rotary"})
+    model = STImageMAEForPreTraining(rotary).eval()
+    shared, computed = model(**batch, noise=noise_like(batch["pixel_values"])), []
+
+    def positions_themselves(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, int]:
+        computed.append(head_dim)
+        return positions, head_dim
+
+    def turn(heads: torch.Tensor, given: tuple[torch.Tensor, int]) -> torch.Tensor:
+        angles = (given[0][..., None] * rotary_frequencies(given[1])).flatten(-2)[:, None]
+        turned = torch.complex(*heads.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    monkeypatch.setattr("modeling_stimg.layers_stimg.rotary_embeddings", positions_themselves)
+    monkeypatch.setattr("modeling_stimg.layers_stimg.rotate", turn)
+    plain = model(**batch, noise=noise_like(batch["pixel_values"]))
+    torch.testing.assert_close(plain.reconstruction, shared.reconstruction)
+    assert computed == [8, 4], "once for the encoder, once for the decoder"
 
 
 def test_position_codes_tell_all_sites_of_a_large_window_apart():
