@@ -13,6 +13,7 @@
 # limitations under the License.
 """Embedding a whole slide: windows that cover it, the encoder over each, and one average a spot."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,13 +23,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .sample_units_stimg import covering_samples, sample_side
-from .slide_image_stimg import SlideImage, usable_device
+from .sample_units_stimg import covering_samples, sample_side, sample_spots, spots_of_samples
+from .sampling_stimg import GENE_SELECTIONS, make_windows, window_sites
+from .slide_image_stimg import SlideImage, on_host, usable_device, window_counts
 
 logger = logging.get_logger(__name__)
 
 READOUTS = ("spot", "context", "both")
 NUM_CONTEXT_PASSES = 4
+# Of spots x genes, that are dense at once: what fits into a core's cache, or keeps an accelerator busy.
+VALUES_AT_ONCE = {"cpu": 1 << 19, "accelerator": 1 << 23}
+# Sites that the CPU encodes at once: enough for its matrix products, and their activations are still in its caches.
+SITES_AT_ONCE_ON_CPU = 2048
 
 
 def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any]:
@@ -53,6 +59,8 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
         options.update({k: v for k, v in source.items() if v is not None})
     if options["readout"] not in READOUTS:
         raise ValueError(f"readout is {options['readout']!r}: expected one of {READOUTS}.")
+    if options["gene_selection"] not in GENE_SELECTIONS:
+        raise ValueError(f"gene_selection is {options['gene_selection']!r}: expected one of {GENE_SELECTIONS}.")
     if options["readout"] != "spot" and model.config.mask_unit == "site":
         raise ValueError(
             f'readout is "{options["readout"]}", which reads masked sites, but with mask_unit="site" these never enter '
@@ -134,7 +142,8 @@ def embed_image(
         gene_selection: how a window's genes are chosen, as in the processor.
         num_gene_draws: how often each window is read, with genes drawn anew.
         smoothing: radius in sites of a final mean over the square around each spot; 0 = none.
-        batch_size: windows at a time; of the sample unit `"spot"` as many spots as these windows have sites.
+        batch_size: windows at a time; of the sample unit `"spot"` as many spots as these windows have sites. On a CPU
+            fewer, where they are large: more at a time would take longer.
         device: where to run; `None` = where the model is.
         seed: of the gene draws. The same input gives the same bits.
         progress: show a progress bar.
@@ -189,24 +198,23 @@ def _readout_means(
     corners = covering_samples(image, processor.sample_unit, side, options["stride"])
     if processor.sample_unit == "spot":
         batch_size *= processor.window_size**2  # as many sites at a time as in windows
-    windows = corners * options["num_gene_draws"]
+    if device.type == "cpu":
+        sites = spots_of_samples(processor.sample_unit, processor.window_size) or side**2
+        batch_size = min(batch_size, max(1, SITES_AT_ONCE_ON_CPU // sites))
+    if genes_are_shared(encoder, image, options):
+        corners = fullest_first(image, processor.sample_unit, corners, side)
+        tokens = spot_tokens(encoder, processor, image, options["num_channels"], device, sampler)
+        batches = _token_batches(tokens, processor, image, corners, side, batch_size)
+    else:
+        # Windows have numbers, by which their genes are drawn.
+        corners = corners * options["num_gene_draws"]
+        batches = _pixel_batches(processor, image, options, corners, batch_size, device, sampler, seed)
+    num_batches = -(-len(corners) // batch_size)
     readouts = ("spot", "context") if options["readout"] == "both" else (options["readout"],)
     sums = {r: np.zeros((image.num_spots, encoder.config.hidden_size)) for r in readouts}
     counts = np.zeros(image.num_spots)
-    for start in tqdm(range(0, len(windows), batch_size), desc=f"embed {image.name}", disable=not progress):
-        batch_corners = windows[start : start + batch_size]
-        batch = processor(
-            image,
-            windows=batch_corners,
-            seed=seed,
-            first_window=start,
-            gene_selection=options["gene_selection"],
-            num_channels=options["num_channels"],
-            device=sampler,
-            return_tensors="pt",
-        )
-        spots = batch.pop("spot_index").flatten(1).cpu().numpy()  # (B, S*S)
-        inputs = {k: v.to(device) for k, v in batch.items()}
+    for batch_corners, inputs in tqdm(batches, f"embed {image.name}", num_batches, disable=not progress):
+        spots = inputs.pop("spot_index").flatten(1).cpu().numpy()  # (B, S*S)
         for readout in readouts:
             hidden = _read(encoder, inputs, batch_corners, readout).cpu().double().numpy()
             for site_spots, site_hidden in zip(spots, hidden, strict=True):
@@ -219,6 +227,93 @@ def _readout_means(
     return list(sums.values())
 
 
+# Corners of a batch of windows, and what the model reads of it, with `spot_index` besides.
+Batches = Iterator[tuple[list[tuple[int, int]], dict[str, torch.Tensor]]]
+
+
+def _pixel_batches(
+    processor: Any,
+    image: SlideImage,
+    options: dict[str, Any],
+    corners: list[tuple[int, int]],
+    batch_size: int,
+    device: torch.device,
+    sampler: torch.device,
+    seed: int,
+) -> Batches:
+    """Windows as the processor makes them."""
+    for start in range(0, len(corners), batch_size):
+        batch = processor(
+            image,
+            windows=corners[start : start + batch_size],
+            seed=seed,
+            first_window=start,
+            gene_selection=options["gene_selection"],
+            num_channels=options["num_channels"],
+            device=sampler,
+            return_tensors="pt",
+        )
+        yield corners[start : start + batch_size], {k: v.to(device) for k, v in batch.items()}
+
+
+def _token_batches(
+    tokens: torch.Tensor,
+    processor: Any,
+    image: SlideImage,
+    corners: list[tuple[int, int]],
+    side: int,
+    batch_size: int,
+) -> Batches:
+    """The same windows, with the tokens of their sites in place of values and genes."""
+    for start in range(0, len(corners), batch_size):
+        batch_corners = corners[start : start + batch_size]
+        spots = sample_spots(image, processor.sample_unit, batch_corners, side)
+        batch = window_sites(image, spots, tokens.device)
+        # Of an empty site (-1) that of the last spot, which nobody looks at.
+        yield batch_corners, {**batch, "site_embeds": tokens[batch["spot_index"].flatten(1)]}
+
+
+def genes_are_shared(encoder: Any, image: SlideImage, options: dict[str, Any]) -> bool:
+    """Whether all windows of a slide have the same genes, and the encoder takes tokens that were made of them once."""
+    takes_tokens = "site_embeds" in inspect.signature(encoder.forward).parameters
+    return takes_tokens and (options["gene_selection"] == "slide" or image.num_genes <= options["num_channels"])
+
+
+def fullest_first(
+    image: SlideImage, sample_unit: str, corners: list[tuple[int, int]], side: int
+) -> list[tuple[int, int]]:
+    """Windows by how many spots they hold: those of a batch are encoded with as many tokens as the fullest has."""
+    if sample_unit != "patch":
+        return corners
+    counts = window_counts(image.spot_grid >= 0, side)
+    return sorted(corners, key=lambda corner: -counts[corner])
+
+
+def spot_tokens(
+    encoder: Any, processor: Any, image: SlideImage, num_channels: int, device: torch.device, sampler: torch.device
+) -> torch.Tensor:
+    """Every spot's token with the slide's most variable genes, nothing masked: the same in all windows that hold it.
+
+    A spot is in several windows, and a window's values of many genes are far more than its tokens.
+
+    Args:
+        num_channels: how many genes. device: where the encoder is. sampler: where values are made dense.
+
+    Returns:
+        float (num_spots, hidden_size), without positions.
+    """
+    at_once = max(1, VALUES_AT_ONCE["cpu" if on_host(sampler) else "accelerator"] // num_channels)
+    tokens = []
+    for start in range(0, image.num_spots, at_once):
+        # As far as values go, any spots are a window.
+        spots = np.arange(start, min(start + at_once, image.num_spots))[None, None]  # (1, 1, spots)
+        arrays = make_windows(image, spots, num_channels, "slide", 0, [0], device=sampler)
+        arrays["pixel_values"] = processor.normalize(arrays, image)
+        inputs = (arrays[name].to(device) for name in ("pixel_values", "gene_ids", "channel_mask"))
+        tokens.append(encoder.embeddings(*inputs)[0])
+    return torch.cat(tokens)
+
+
 def _read(encoder: Any, inputs: dict[str, torch.Tensor], corners: list[tuple[int, int]], readout: str) -> torch.Tensor:
     """One readout of a batch of windows: float (B, S*S, hidden)."""
     if readout == "spot":
@@ -229,11 +324,10 @@ def _read(encoder: Any, inputs: dict[str, torch.Tensor], corners: list[tuple[int
     # The quarters are the four colours of a 2 x 2 tiling of the *slide*: a masked spot keeps all its neighbours, and
     # the pattern does not move with the window.
     colour = 2 * ((offsets[:, :1] + steps) % 2)[:, :, None] + ((offsets[:, 1:] + steps) % 2)[:, None]  # (B, S, S)
-    channels = inputs["gene_ids"].shape[1]
     read = None
     for quarter in range(NUM_CONTEXT_PASSES):
         masked = colour == quarter
-        hidden = encoder(**inputs, bool_masked_entries=masked[:, None].expand(-1, channels, -1, -1)).last_hidden_state
+        hidden = encoder(**inputs, bool_masked_entries=masked[:, None]).last_hidden_state
         here = masked.flatten(1)[..., None]
         read = torch.where(here, hidden, torch.zeros_like(hidden) if read is None else read)
     return read

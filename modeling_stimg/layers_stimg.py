@@ -49,7 +49,7 @@ def attention_positions(
 
 
 class STImageMAEEmbeddings(nn.Module):
-    """Sites to tokens: the sum over visible channels of value x gene embedding, plus position."""
+    """Sites to tokens: the sum over visible channels of value x gene embedding, or a mask token where none is."""
 
     def __init__(self, config: STImageMAEConfig):
         super().__init__()
@@ -63,9 +63,9 @@ class STImageMAEEmbeddings(nn.Module):
         pixel_values: torch.Tensor,
         gene_ids: torch.Tensor,
         channel_mask: torch.Tensor,
-        positions: torch.Tensor,
-        bool_masked_entries: torch.Tensor | None,
+        bool_masked_entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """float (B, S*S, D), without positions; arguments as in `STImageMAEModel`, with a `channel_mask`."""
         values = pixel_values.flatten(2)  # (B, C, S*S)
         hidden = hidden_entries(channel_mask, bool_masked_entries)
         genes = self.gene_embeddings(gene_ids)  # (B, C, D)
@@ -73,8 +73,11 @@ class STImageMAEEmbeddings(nn.Module):
         num_visible = values.shape[1] - hidden.sum(1)[..., None]  # (B, S*S or 1, 1)
         # Over the share of visible channels, so that the scale does not depend on how many genes there are.
         tokens = self.layernorm(tokens * (values.shape[1] / num_visible.clamp(min=1)).to(tokens.dtype))
-        tokens = torch.where(num_visible > 0, tokens, self.mask_token.to(tokens.dtype))
-        return add_positions(self.config, tokens, positions)
+        return self.hide(tokens, num_visible[..., 0] == 0)
+
+    def hide(self, tokens: torch.Tensor, sites: torch.Tensor) -> torch.Tensor:
+        """Tokens float (B, S*S, D), but the mask token at sites, bool (B, S*S or 1)."""
+        return torch.where(sites[..., None], self.mask_token.to(tokens.dtype), tokens)
 
 
 def eager_attention_forward(

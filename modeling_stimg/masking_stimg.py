@@ -104,12 +104,14 @@ def draw_mask(
 
 def default_masks(
     pad_token_id: int,
-    pixel_values: torch.Tensor,
-    gene_ids: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    gene_ids: torch.Tensor | None,
     pixel_mask: torch.Tensor | None,
     channel_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`pixel_mask` bool (B, S, S) and `channel_mask` bool (B, C), all sites and all but padding where not given."""
+    if pixel_values is None or gene_ids is None:
+        raise ValueError("pixel_values or gene_ids is missing: pass both, or site_embeds and pixel_mask.")
     if pixel_values.ndim != 4 or gene_ids.shape != pixel_values.shape[:2]:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)} and gene_ids {tuple(gene_ids.shape)}: expected "
@@ -120,6 +122,28 @@ def default_masks(
     if channel_mask is None:
         channel_mask = gene_ids != pad_token_id
     return pixel_mask.bool(), channel_mask.bool()
+
+
+def check_site_embeds(
+    site_embeds: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    pixel_mask: torch.Tensor | None,
+    bool_masked_entries: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless sites given as embeddings come with all that belongs to them, and no other input."""
+    if pixel_values is not None:
+        raise ValueError("Both pixel_values and site_embeds are given: pass one of them.")
+    if pixel_mask is None or site_embeds.shape[:2] != pixel_mask.flatten(1).shape:
+        found = None if pixel_mask is None else tuple(pixel_mask.shape)
+        raise ValueError(
+            f"site_embeds has shape {tuple(site_embeds.shape)} and pixel_mask {found}: expected (B, S*S, hidden_size) "
+            "and (B, S, S)."
+        )
+    if bool_masked_entries is not None and bool_masked_entries.shape[1] != 1:
+        raise ValueError(
+            f"bool_masked_entries has shape {tuple(bool_masked_entries.shape)}: site_embeds can be hidden by whole "
+            "sites alone, (B, 1, S, S)."
+        )
 
 
 def hidden_entries(channel_mask: torch.Tensor, bool_masked_entries: torch.Tensor | None) -> torch.Tensor:
@@ -168,6 +192,7 @@ def masked_mean_squared_error(reconstruction: torch.Tensor, target: torch.Tensor
 
 
 __all__ = [
+    "check_site_embeds",
     "default_masks",
     "draw_mask",
     "first_lowest",

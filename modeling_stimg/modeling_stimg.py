@@ -37,9 +37,17 @@ from .layers_stimg import (
     STImageMAEDecoder,
     STImageMAEEmbeddings,
     STImageMAELayer,
+    add_positions,
     attention_positions,
 )
-from .masking_stimg import default_masks, draw_mask, hidden_entries, local_means, masked_mean_squared_error
+from .masking_stimg import (
+    check_site_embeds,
+    default_masks,
+    draw_mask,
+    hidden_entries,
+    local_means,
+    masked_mean_squared_error,
+)
 from .pipeline_stimg import custom_pipelines
 from .positions_stimg import Locality, site_positions
 from .reconstruction_stimg import reconstruct_spots
@@ -158,17 +166,19 @@ class STImageMAEModel(STImageMAEPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        gene_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        gene_ids: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
         channel_mask: torch.Tensor | None = None,
         coordinates: torch.Tensor | None = None,
         bool_masked_entries: torch.Tensor | None = None,
+        site_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, window_size, window_size)`): Expression.
+                Needed, with `gene_ids`, unless `site_embeds` is given.
             gene_ids (`torch.LongTensor` of shape `(batch_size, num_channels)`): Vocabulary number of every channel.
             pixel_mask (`torch.BoolTensor` of shape `(batch_size, window_size, window_size)`, *optional*): True =
                 observed; `None` = all are. Empty sites are not attended to, and their outputs are 0.
@@ -179,16 +189,29 @@ class STImageMAEModel(STImageMAEPreTrainedModel):
             bool_masked_entries (`torch.BoolTensor` of shape `(batch_size, num_channels, window_size, window_size)`,
                 *optional*): True = hidden. A site all of whose measured channels are hidden enters as a mask token or,
                 when `config.mask_unit` is `"site"`, does not enter: no site sees it, and the mask token is its output.
+                Of one channel only, it hides whole sites.
+            site_embeds (`torch.Tensor` of shape `(batch_size, window_size ** 2, hidden_size)`, *optional*): Instead of
+                `pixel_values` and `gene_ids`, what `embeddings` made of them, nothing masked: a site's does not depend
+                on its window, so that windows that overlap and have the same genes can share it. Needs `pixel_mask`.
 
         Returns:
             `last_hidden_state` `(batch_size, window_size ** 2, hidden_size)`, sites row by row, and `pooler_output`
             `(batch_size, hidden_size)`, their mean over the observed sites that entered.
         """
-        pixel_mask, channel_mask = default_masks(
-            self.config.pad_token_id, pixel_values, gene_ids, pixel_mask, channel_mask
-        )
+        if site_embeds is None:
+            pixel_mask, channel_mask = default_masks(
+                self.config.pad_token_id, pixel_values, gene_ids, pixel_mask, channel_mask
+            )
+            hidden_states = self.embeddings(pixel_values, gene_ids, channel_mask, bool_masked_entries)  # (B, S*S, D)
+        else:
+            check_site_embeds(site_embeds, pixel_values, pixel_mask, bool_masked_entries)
+            pixel_mask = pixel_mask.bool()
+            hidden_states, channel_mask = site_embeds, pixel_mask.new_ones(len(pixel_mask), 1)
+            if bool_masked_entries is not None:
+                hidden = hidden_entries(channel_mask, bool_masked_entries)
+                hidden_states = self.embeddings.hide(site_embeds, hidden[:, 0])
         positions = site_positions(self.config.position_embedding_type, pixel_mask, coordinates)
-        hidden_states = self.embeddings(pixel_values, gene_ids, channel_mask, positions, bool_masked_entries)
+        hidden_states = add_positions(self.config, hidden_states, positions)
         observed = pixel_mask.flatten(1)
         dropped = None
         if self.config.mask_unit == "site" and bool_masked_entries is not None:

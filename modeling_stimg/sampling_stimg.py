@@ -193,17 +193,28 @@ def make_windows(
             chosen = select_genes(variances, measured, num_channels, gene_selection, seed, windows[part])
             gene_ids[part, : chosen.shape[1]] = chosen
         entries.rasterize(gene_ids[part], pixel_values, first, len(spot_index))
+    gene_ids = torch.from_numpy(gene_ids) if in_numpy else gene_ids
+    return {
+        "pixel_values": pixel_values[:-num_sites].view(*shape, *spot_index.shape[1:]),
+        "gene_ids": gene_ids,
+        "channel_mask": gene_ids != image.pad_id,
+        **window_sites(image, spot_index, device),
+    }
+
+
+def window_sites(image: SlideImage, spot_index: np.ndarray, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """What a batch says of the sites of windows, but for their expression.
+
+    Args:
+        spot_index: int64 (B, S, S), the spot at every site, -1 = empty.
+
+    Returns:
+        `coordinates`, `spot_index` and `pixel_mask` of the processor's `BatchFeature`.
+    """
     # -1 reads the last row, which is one more than there are spots.
     coordinates = np.concatenate([image.coordinates, np.zeros((1, 2), np.float32)])[spot_index]
-    tensors = {
-        "pixel_values": pixel_values[:-num_sites].view(*shape, *spot_index.shape[1:]),
-        "gene_ids": torch.from_numpy(gene_ids) if in_numpy else gene_ids,
-        "coordinates": torch.from_numpy(coordinates).to(device),
-        "spot_index": torch.from_numpy(spot_index).to(device),
-    }
-    tensors["channel_mask"] = tensors["gene_ids"] != image.pad_id
-    tensors["pixel_mask"] = tensors["spot_index"] >= 0
-    return tensors
+    spots = torch.from_numpy(spot_index).to(device)
+    return {"coordinates": torch.from_numpy(coordinates).to(device), "spot_index": spots, "pixel_mask": spots >= 0}
 
 
 __all__ = [
@@ -213,5 +224,6 @@ __all__ = [
     "draw_corners",
     "make_windows",
     "select_genes",
+    "window_sites",
     "window_spots",
 ]
