@@ -2,7 +2,8 @@
 
 A grid is a YAML file. On top stand the fields of the base: `training` (of `train/run_pretrain.py`), `processor`
 (options that are changed when a trained model is loaded) and `embedding` (options of `embed_slide`). `factors` names
-what is varied; each of its variants overrides some of these fields, and one without overrides is the base:
+what is varied; each of its variants overrides some of these fields, and one without overrides is the base. One with
+`untrained: true` is the same model at step 0:
 
     training: {corpus: runs/corpus, max_spots: 100_000}
     embedding: {stride: 4}
@@ -12,87 +13,71 @@ what is varied; each of its variants overrides some of these fields, and one wit
         variants:
           8: {training: {window_size: 8, per_device_train_batch_size: 64}}
           16: {}
+      training:
+        variants:
+          trained: {}
+          untrained: {untrained: true}
 
-Variants that differ in `processor` or `embedding` alone share one training.
+Variants that differ in `processor`, `embedding` or `untrained` alone share one training. Rows are scored as those of
+`eval/run_domain_detection.py` are, by the same code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
 
-from data_processing.corpus import load_pretraining, slide_images
-from data_processing.splits import encode_labels, slide_labels, spot_splits
-from eval.baselines.expression import neighbourhood_mean
-from eval.baselines.shuffled import shuffle_spots
+from data_processing.corpus import load_pretraining
 from eval.baselines.variants import Variant, make_variant
-from eval.probes import PROBES, check_neighbours, score
-from eval.provenance import seen
+from eval.domain_scores import Plan, Protocol, score_all
+from eval.embedders import EncoderEmbedder
+from eval.evaluation_sets import EvaluationSlide
+from eval.features import Method, after_mean, baseline_methods, on_shuffled_counts, written_method
+from eval.resumable import ScoreLog
 from modeling_stimg import STImageMAEModel, STPatchProcessor
 from modeling_stimg.compaction_stimg import compact
 from modeling_stimg.embedding_stimg import NUM_CONTEXT_PASSES, embedding_options
 from modeling_stimg.sample_units_stimg import covering_samples, sample_side
-
-if TYPE_CHECKING:
-    from anndata import AnnData
+from modeling_stimg.sampling_stimg import GENE_SELECTIONS
 
 SECTIONS = ("training", "processor", "embedding")
 # What may differ from training when a model is loaded, without its weights meaning something else.
 PROCESSOR_OPTIONS = ("window_size", "num_channels", "gene_selection", "compaction")
+UNTRAINED = "untrained"  # of a variant, and the folder in a trained model's that holds it at step 0
 BASE = "base"
+BASELINE = "baseline"
+# Rows of the table of domain detection, by what --baselines calls them.
+BASELINES = {"raw": "raw", "pca": "PCA", "coordinates": "coordinates only", "shuffled": "raw, counts shuffled"}
+BASELINE_RADII = (0, 1, 2, 3)
+BUDGET = ("max_steps", "num_windows", "num_spots_seen")
 PASSES = {"spot": 1, "context": NUM_CONTEXT_PASSES, "both": 1 + NUM_CONTEXT_PASSES}
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How embeddings are scored; see the arguments of `run_ablation.py`."""
+class Reference:
+    """One row without a model: features that cost nothing, after the mean over a square of sites.
 
-    label_key: str = "label"
-    unlabelled: tuple[str, ...] = ("undetermined", "WH")
-    probes: tuple[str, ...] = ("knn", "linear")
-    smoothings: tuple[int, ...] = (0, 1)
-    num_splits: int = 10
-    train_share: float = 0.2
-    control: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class LabelledSlide:
-    """A slide to score on. `labels`: int64 (n_obs,), -1 = unlabelled; `rows`, `cols`: int64 (n_obs,), tight lattice.
-
-    Smoothing works on the tight lattice whatever grid a variant makes of the slide.
+    Attributes:
+        method: what the row shows. key: fingerprint of everything that decides its numbers.
     """
 
-    name: str
-    adata: AnnData = field(repr=False)
-    labels: np.ndarray = field(repr=False)
-    rows: np.ndarray = field(repr=False)
-    cols: np.ndarray = field(repr=False)
+    factor: str
+    variant: str
+    unit: str
+    method: Method = field(repr=False)
+    key: str
 
-    @classmethod
-    def of(cls, name: str, adata: AnnData, evaluation: Evaluation) -> LabelledSlide:
-        """Read labels and grid.
-
-        Raises:
-            ValueError: no such column, too few classes or spots; names the slide.
-        """
-        try:
-            labels, _ = encode_labels(slide_labels(adata, evaluation.label_key, evaluation.unlabelled))
-            splits = spot_splits(labels, evaluation.num_splits, evaluation.train_share, evaluation.seed)
-            check_neighbours(len(splits[0][0]), evaluation.probes)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        rows, cols = compact(adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy(), "lattice")
-        return cls(name, adata, labels, rows, cols)
+    def told(self) -> dict[str, Any]:
+        """For `results.json`."""
+        return {"model": None, "training": {}, "processor": {}, "embedding": {}}
 
 
 @dataclass(frozen=True)
@@ -100,7 +85,8 @@ class Run:
     """One row: a variant of one factor.
 
     Attributes:
-        trained: the training that it reads. key: fingerprint of everything that decides its numbers.
+        trained: the training that it reads. untrained: whether it reads that training's model at step 0.
+        key: fingerprint of everything that decides its numbers.
     """
 
     factor: str
@@ -109,7 +95,13 @@ class Run:
     trained: Variant
     processor: Mapping[str, Any]
     embedding: Mapping[str, Any]
-    key: str
+    untrained: bool = False
+    key: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Of the model that it embeds with."""
+        return self.trained.folder / UNTRAINED if self.untrained else self.trained.folder
 
     @property
     def window_size(self) -> int:
@@ -126,20 +118,44 @@ class Run:
         told = {name: getattr(self.trained, name) for name in ("gene_selection", "num_channels")}
         told |= {name: self.processor[name] for name in told if name in self.processor}
         processor = SimpleNamespace(window_size=self.window_size, **told)
-        return embedding_options(SimpleNamespace(config=config), processor, **self.embedding)
+        options = embedding_options(SimpleNamespace(config=config), processor, **self.embedding)
+        if options["gene_selection"] not in GENE_SELECTIONS:
+            raise ValueError(f"gene_selection is {options['gene_selection']!r}: expected one of {GENE_SELECTIONS}.")
+        return options
+
+    def encoding(self) -> str:
+        """What its embeddings depend on, before their neighbourhood mean: rows of one encoding embed once."""
+        return json.dumps([str(self.folder), self.processor, {**self.options(), "smoothing": 0}], sort_keys=True)
+
+    def told(self) -> dict[str, Any]:
+        """For `results.json`, without this machine's folders, which mean nothing elsewhere."""
+        return {
+            "model": f"models/{self.trained.folder.name}{f'/{UNTRAINED}' if self.untrained else ''}",
+            "training": without_paths(self.trained.fields),
+            "processor": dict(self.processor),
+            "embedding": self.options(),
+        }
+
+
+Row = Run | Reference
+
+
+def without_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Training fields for publication: this machine's folders mean nothing elsewhere."""
+    return {name: value for name, value in fields.items() if name not in ("slides", "corpus", "gene_table")}
 
 
 # ---------------------------------------------------------------------------- the grid
 
 
 def read_grid(
-    path: Path, training: Mapping[str, Any], models: Path, evaluation: Evaluation, slides_sha256: str
+    path: Path, training: Mapping[str, Any], models: Path, scoring: Mapping[str, Any]
 ) -> tuple[list[Run], str]:
     """The runs of a grid, in its order, and the key of its base.
 
     Args:
         training: fields that take the place of the grid's own base. models: folder for trained variants.
-        slides_sha256: fingerprint of the labelled slides.
+        scoring: everything that decides a row's numbers beside the row: how it is scored, and on which slides.
 
     Raises:
         ValueError: a grid of another form, or fields that do not exist; names the variant. OSError: a missing file.
@@ -147,16 +163,32 @@ def read_grid(
     grid = _checked_grid(path)
     base = {name: dict(grid.get(name) or {}) for name in SECTIONS}
     base["training"] |= training
-    settings = {"evaluation": asdict(evaluation), "slides": slides_sha256}
     runs = []
     for factor, told in {BASE: {"variants": {BASE: {}}}, **grid["factors"]}.items():
         for variant, overrides in told["variants"].items():
-            fields = {name: {**base[name], **((overrides or {}).get(name) or {})} for name in SECTIONS}
+            overrides = overrides or {}
+            fields = {name: {**base[name], **(overrides.get(name) or {})} for name in SECTIONS}
+            place = factor, str(variant), str(told.get("unit", ""))
             try:
-                runs.append(_make_run(factor, str(variant), str(told.get("unit", "")), fields, models, settings))
+                runs.append(_make_run(place, fields, overrides.get(UNTRAINED, False), models, scoring))
             except (ValueError, OSError) as error:
                 raise ValueError(f"{path.name}, {factor}: {variant}: {error}") from error
     return runs[1:], runs[0].key
+
+
+def references(names: Sequence[str], scoring: Mapping[str, Any], seed: int) -> list[Reference]:
+    """Rows of features that cost nothing, each after the means over the squares of `BASELINE_RADII`.
+
+    Args:
+        names: any of `BASELINES`. scoring: as of `read_grid`. seed: of principal components and shuffled counts.
+    """
+    methods = {method.name: method for method in baseline_methods(seed)}
+    rows = []
+    for name in dict.fromkeys(names):
+        for radius in BASELINE_RADII:
+            method = after_mean(methods[BASELINES[name]], radius)
+            rows.append(Reference(BASELINE, method.name, "", method, _key(BASELINE, BASELINES[name], radius, scoring)))
+    return rows
 
 
 def runs_of(runs: Sequence[Run], factors: Sequence[str]) -> list[Run]:
@@ -185,76 +217,108 @@ def _checked_grid(path: Path) -> dict[str, Any]:
     unknown = sorted(set(grid) - {*SECTIONS, "factors"})
     if unknown:
         raise ValueError(f"{path.name} has the entries {unknown}: {expected}.")
+    if BASELINE in grid["factors"]:
+        raise ValueError(f"{path.name} has a factor {BASELINE!r}, which is how rows without a model are called.")
     for factor, told in grid["factors"].items():
         if not isinstance(told, dict) or not isinstance(told.get("variants"), dict) or set(told) - {"unit", "variants"}:
             raise ValueError(f"{path.name}, {factor}: expected variants, by name, and perhaps their unit.")
         for variant, overrides in told["variants"].items():
-            wrong = sorted(set(overrides or {}) - set(SECTIONS))
+            known = (*SECTIONS, UNTRAINED)
+            wrong = sorted(set(overrides or {}) - set(known))
             if wrong:
-                raise ValueError(f"{path.name}, {factor}: {variant} overrides {wrong}: expected any of {SECTIONS}.")
+                raise ValueError(f"{path.name}, {factor}: {variant} overrides {wrong}: expected any of {known}.")
+            if not isinstance((overrides or {}).get(UNTRAINED, False), bool):
+                told = f"{UNTRAINED} is {overrides[UNTRAINED]!r}"
+                raise ValueError(f"{path.name}, {factor}: {variant}: {told}: expected true or false.")
     return grid
 
 
 def _make_run(
-    factor: str, variant: str, unit: str, fields: Mapping[str, dict], models: Path, settings: Mapping[str, Any]
+    place: tuple[str, str, str],
+    fields: Mapping[str, dict],
+    untrained: bool,
+    models: Path,
+    scoring: Mapping[str, Any],
 ) -> Run:
     unknown = sorted(set(fields["processor"]) - set(PROCESSOR_OPTIONS))
     if unknown:
         raise ValueError(f"Processor options {unknown} cannot be varied: expected any of {PROCESSOR_OPTIONS}.")
     trained = make_variant(fields["training"], models)
-    run = Run(factor, variant, unit, trained, fields["processor"], fields["embedding"], key="")
-    told = [trained.folder.name, fields["processor"], run.options(), settings]
-    return replace(run, key=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest())
+    run = Run(*place, trained, fields["processor"], fields["embedding"], untrained)
+    return replace(run, key=_key(trained.folder.name, untrained, fields["processor"], run.options(), scoring))
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------- a row
 
 
-def score_embedding(features: np.ndarray, labels: np.ndarray, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
-    """What the probes read off one embedding of one slide: a mapping for every probe.
+def evaluate_run(
+    run: Run,
+    plans: Sequence[Plan],
+    protocol: Protocol,
+    log: ScoreLog,
+    cache: Path,
+    control: bool = False,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """The scores of a run whose variant is trained; what `cache` and `log` hold is not computed anew.
 
     Args:
-        features: float (n_obs, width). labels: int64 (n_obs,), -1 = unlabelled.
-    """
-    splits = spot_splits(labels, evaluation.num_splits, evaluation.train_share, evaluation.seed)
-    for name in evaluation.probes:
-        found = score(labels, PROBES[name](features, labels, splits, evaluation.seed), splits)
-        of_metrics = {metric: mean for metric, (mean, _) in found.items()}
-        yield {"probe": name, **of_metrics, **{f"{metric}_sd": sd for metric, (_, sd) in found.items()}}
-
-
-def evaluate_run(
-    run: Run, slides: Sequence[LabelledSlide], evaluation: Evaluation, batch_size: int = 32, device: str | None = None
-) -> dict[str, Any]:
-    """The scores of a run whose variant is trained.
+        control: whether to score the slides with their counts shuffled over their spots, too.
 
     Returns:
         `trained` (steps, windows and spots seen), `too_small` (slides into which its windows do not fit) and `scores`:
-        one mapping for every slide, its counts as they are or shuffled over its spots, smoothing (radius in sites) and
-        probe.
+        a record for every cell of `score_all`, with whether counts were `shuffled` instead of the features' name.
     """
-    processor = STPatchProcessor.from_pretrained(run.trained.folder, **run.processor)
-    model = STImageMAEModel.from_pretrained(run.trained.folder).eval()
+    processor = STPatchProcessor.from_pretrained(run.folder, **run.processor)
+    model = STImageMAEModel.from_pretrained(run.folder).eval()
     saw, told = load_pretraining(run.trained.folder)
-    scores, too_small = [], []
-    for slide in slides:
-        saw_of_slide = seen(slide.name, slide.adata, saw)
-        for shuffled in (False, True) if evaluation.control else (False,):
-            adata = shuffle_spots(slide.adata, evaluation.seed) if shuffled else slide.adata
-            (image,) = slide_images({slide.name: adata}, processor)
-            options = {**run.embedding, "batch_size": batch_size, "device": device, "seed": evaluation.seed}
-            embedding = model.embed(image, processor, **options)[image.spot_of_obs]
-            for radius in evaluation.smoothings:
-                features = embedding if radius == 0 else neighbourhood_mean(embedding, slide.rows, slide.cols, radius)
-                place = {"slide": slide.name, "seen": saw_of_slide, "shuffled": shuffled, "smoothing": radius}
-                scores += [{**place, **found} for found in score_embedding(features, slide.labels, evaluation)]
-        if processor.sample_unit == "patch" and run.window_size > min(image.height, image.width):
-            too_small.append(slide.name)
-    budget = {name: told[name] for name in ("max_steps", "num_windows", "num_spots_seen")}
+    # At step 0 only gene vectors that start as singular vectors come from slides.
+    learnt = not run.untrained or told["singular_start"]
+    embedder = EncoderEmbedder(
+        run.variant,
+        model,
+        processor,
+        saw,
+        learnt,
+        given=run.embedding,
+        device=device,
+        seed=protocol.seed,
+        batch_size=batch_size,
+    )
+    scores = score_method(written_method(embedder, cache), plans, protocol, log, control)
+    slides = [slide for plan in plans for slide in plan.slides.values()]
+    too_small = [slide.name for slide in slides if embedder.is_smaller_than_window(slide)]
+    budget = {name: 0 if run.untrained else told[name] for name in BUDGET}
     return {"trained": budget, "too_small": too_small, "scores": scores}
 
 
-def windows_to_read(run: Run, slides: Sequence[LabelledSlide]) -> int:
+def evaluate_reference(
+    row: Reference, plans: Sequence[Plan], protocol: Protocol, log: ScoreLog, control: bool = False
+) -> dict[str, Any]:
+    """The same of a row without a model; `trained` tells None."""
+    scores = score_method(row.method, plans, protocol, log, control)
+    return {"trained": dict.fromkeys(BUDGET), "too_small": [], "scores": scores}
+
+
+def score_method(
+    method: Method, plans: Sequence[Plan], protocol: Protocol, log: ScoreLog, control: bool
+) -> list[dict[str, Any]]:
+    """The records of `evaluate_run`."""
+    control_row = [on_shuffled_counts(method, protocol.seed)] if control else []
+    records = score_all(plans, [method, *control_row], protocol, log)
+    return [
+        {**{key: value for key, value in record.items() if key != "features"}, "shuffled": name != method.name}
+        for record in records
+        for name in [record["features"]]
+    ]
+
+
+def windows_to_read(run: Run, slides: Sequence[EvaluationSlide]) -> int:
     """How many windows the encoder gets to embed the slides; a hidden quarter of a window is one more."""
     options = run.options()
     total = 0

@@ -1,49 +1,61 @@
-"""Rows of an ablation -> a table by factor (Markdown, CSV) and a curve for every factor of numbers."""
+"""Rows of an ablation -> a table by factor (Markdown, CSV) and a curve for every factor of numbers.
+
+Means are taken over the slides of a set first, then over sets, by the code of domain detection.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_processing.writing import write_whole
+from eval.aggregate import METRICS, Mean, distinct, matching, set_mean, slide_mean, smoothing_name
+from eval.domain_report import MISSING, PROBE_TITLES, SPLIT_TITLES
 from eval.palette import COLOURS
 from eval.results import markdown_table
 
 Record = Mapping[str, Any]
 
-PROBE_TITLES = {"knn": "k-NN", "linear": "linear", "mlp": "MLP"}
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # of smoothings, told apart without colour as well
-METRICS = {"accuracy": "accuracy", "ari": "adjusted Rand index"}
-MISSING = "–"  # noqa: RUF001 - a dash for "not measured yet"
 CSV_HEADER = (
-    *("factor", "variant", "base", "max_steps", "num_windows", "num_spots_seen", "slide", "seen", "shuffled"),
-    *("smoothing", "probe", "accuracy", "accuracy_sd", "ari", "ari_sd", "macro_f1", "macro_f1_sd"),
+    *("level", "factor", "variant", "base", "max_steps", "num_windows", "num_spots_seen", "set", "slide", "split"),
+    *("seen", "shuffled", "smoothing", "probe", "accuracy", "accuracy_sd", "ari", "ari_sd", "macro_f1", "macro_f1_sd"),
+    *("ari_less_base", "num_slides"),
 )
 
 
 class Column(NamedTuple):
-    """What stands in a column: a probe, the radius of a smoothing in sites, and whether counts were shuffled."""
+    """What stands in a column: a split, a probe, the radius of a mean in sites, and whether counts were shuffled."""
 
+    split: str
     probe: str
     smoothing: int
     shuffled: bool
 
     @property
     def title(self) -> str:
+        """E.g. `"spots, k-NN, 3x3 mean"`."""
+        return f"{self.split}, {self.title_in_split}"
+
+    @property
+    def title_in_split(self) -> str:
         """E.g. `"k-NN, 3x3 mean"`."""
-        side = 2 * self.smoothing + 1
-        mean = f", {side}x{side} mean" if self.smoothing else ""
+        mean = f", {smoothing_name(self.smoothing)} mean" if self.smoothing else ""
         return f"{PROBE_TITLES.get(self.probe, self.probe)}{mean}{', counts shuffled' if self.shuffled else ''}"
+
+    def of(self, scores: Sequence[Record]) -> list[Record]:
+        """What stands in this column."""
+        return matching(scores, **self._asdict())
 
 
 def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]], base_key: str) -> str:
-    """Markdown: a table a factor, accuracy / ARI as means over slides.
+    """Markdown: a table a factor, the adjusted Rand index and its difference to the base.
 
     Args:
         records: those that are there. planned: (factor, variant) of all rows, in the order of the table.
@@ -51,10 +63,16 @@ def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]]
     """
     columns = _columns(records)
     header = [column.title for column in columns]
-    slides = list(dict.fromkeys(score["slide"] for record in records for score in record["scores"]))
-    lines = [f"Accuracy / ARI, mean over {len(slides)} slide(s): {', '.join(slides)}.", ""]
-    lines.append("Every row is one training: rows that vary its seed alone, if any, tell how much is chance.")
+    every = [score for record in records for score in record["scores"]]
+    slides = {name: distinct(matching(every, set=name), "slide") for name in distinct(every, "set")}
+    told = "; ".join(f"{name}: {', '.join(of_set)}" for name, of_set in slides.items())
+    lines = [f"Adjusted Rand index, mean over {len(slides)} set(s) of the means over their slides ({told}).", ""]
+    lines.append(
+        "In brackets the difference to the base. Every row is one training: rows that vary its seed alone, if any, "
+        "tell how much is chance. A mean that a column names is taken of what the row gives."
+    )
     by_row = {(record["factor"], record["variant"]): record for record in records}
+    base = next((record["scores"] for record in records if record["key"] == base_key), [])
     for factor in dict.fromkeys(factor for factor, _ in planned):
         rows, notes = [], []
         for variant in (v for f, v in planned if f == factor):
@@ -62,9 +80,11 @@ def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]]
             if record is None:
                 rows.append([variant, *[MISSING] * (2 + len(columns))])
                 continue
-            name = f"{variant} (base)" if record["key"] == base_key else variant
-            budget = [f"{record['trained'][key]:,}" for key in ("num_windows", "num_spots_seen")]
-            rows.append([name, *budget, *(_cell(record, column) for column in columns)])
+            is_base = record["key"] == base_key
+            budget = [record["trained"][key] for key in ("num_windows", "num_spots_seen")]
+            cells = [_cell(column.of(record["scores"]), [] if is_base else column.of(base)) for column in columns]
+            shown = [MISSING if number is None else f"{number:,}" for number in budget]
+            rows.append([f"{variant} (base)" if is_base else variant, *shown, *cells])
             if record["too_small"]:
                 notes += ["", f"{variant}: larger than {', '.join(record['too_small'])}, whose sites stand in it once."]
         lines += ["", f"## {factor}", ""]
@@ -73,21 +93,30 @@ def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]]
 
 
 def ablation_csv(records: Sequence[Record], base_key: str) -> str:
-    """CSV: a line for every row, slide, smoothing and probe."""
+    """CSV: for every row, split, smoothing and probe a line for every slide, every set, and all sets.
+
+    The level says what a line is: of a slide (deviation over splits), of a set (over its slides), of all sets (over
+    sets).
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_HEADER, lineterminator="\n")
+    writer = csv.DictWriter(text, CSV_HEADER, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
+    base = next((_lines(record) for record in records if record["key"] == base_key), iter(()))
+    of_base = {_place(line): line["ari"] for line in base}
     for record in records:
         told = {"factor": record["factor"], "variant": record["variant"], "base": record["key"] == base_key}
-        for found in record["scores"]:
-            writer.writerow({**told, **record["trained"], **found})
+        for line in _lines(record):
+            there = of_base.get(_place(line))
+            less_base = {} if there is None else {"ari_less_base": line["ari"] - there}
+            writer.writerow({**told, **record["trained"], **line, **less_base})
     return text.getvalue()
 
 
 def plot_curves(records: Sequence[Record], folder: Path) -> list[Path]:
-    """A PNG for every factor whose variants are numbers, at least two: accuracy and ARI over it, a line a column.
+    """A PNG for every factor whose variants are numbers, at least two: ARI over it, a panel a split, a line a column.
 
-    Points are means over slides; bars reach from the lowest slide to the highest, where there are several.
+    Points are means over sets of means over slides; bars reach from the lowest slide to the highest, where there are
+    several.
 
     Returns:
         The files, named after the factors.
@@ -107,36 +136,40 @@ def _plot_curve(factor: str, points: Mapping[float, Record], path: Path) -> None
     from matplotlib.figure import Figure
 
     columns = [column for column in _columns(list(points.values())) if not column.shuffled]
-    probes = list(dict.fromkeys(column.probe for column in columns))
-    radii = list(dict.fromkeys(column.smoothing for column in columns))
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    splits, probes, radii = (
+        list(dict.fromkeys(getattr(column, name) for column in columns)) for name in ("split", "probe", "smoothing")
+    )
+    figure = Figure(figsize=(1.5 + 3.75 * len(splits), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     places = list(points)
     first = next(iter(points.values()))
-    num_slides = len({score["slide"] for score in first["scores"]})
-    for axes, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
-        for column in columns:
-            values = [_values(record, column, metric) for record in points.values()]
-            means = np.array([np.mean(v) if v else np.nan for v in values])
-            reach = [[m - min(v, default=m) for m, v in zip(means, values, strict=True)]]
-            reach += [[max(v, default=m) - m for m, v in zip(means, values, strict=True)]]
+    for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
+        slides: set[tuple[str, str]] = set()
+        for column in (column for column in columns if column.split == split):
+            found = [column.of(record["scores"]) for record in points.values()]
+            slides |= {(score["set"], score["slide"]) for scores in found for score in scores}
+            means = np.array([_value(set_mean(scores, "ari")) for scores in found])
+            lowest, highest = (
+                [pick([score["ari"] for score in scores], default=np.nan) for scores in found] for pick in (min, max)
+            )
             style, marker = LINES[radii.index(column.smoothing) % len(LINES)]
             axes.errorbar(
                 places,
                 means,
-                yerr=reach if num_slides > 1 else None,
+                yerr=np.maximum([means - lowest, highest - means], 0) if len(slides) > 1 else None,
                 color=COLOURS[probes.index(column.probe) % len(COLOURS)],
                 linestyle=style,
                 marker=marker,
                 markersize=5,
                 capsize=2,
                 elinewidth=0.7,
-                label=column.title,
+                label=column.title_in_split,
             )
+        axes.set_title(f"{split}, {len(slides)} slide(s)")
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.set_xlabel(f"{factor} [{first['unit']}]" if first["unit"] else factor)
-        axes.set_ylabel(f"{title}, mean over {num_slides} slide(s)")
         axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("adjusted Rand index")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, title="probe", loc="outside right upper", frameon=False)
     image = io.BytesIO()
@@ -145,23 +178,48 @@ def _plot_curve(factor: str, points: Mapping[float, Record], path: Path) -> None
 
 
 def _columns(records: Sequence[Record]) -> list[Column]:
-    """The columns of all scores: all of a probe beside each other, those of shuffled counts last."""
+    """The columns of all scores: all of a split and probe beside each other, those of shuffled counts last."""
     found = list(dict.fromkeys(_column(score) for record in records for score in record["scores"]))
     probes = list(dict.fromkeys(column.probe for column in found))
-    return sorted(found, key=lambda column: (column.shuffled, probes.index(column.probe), column.smoothing))
+    splits = list(SPLIT_TITLES)
+    return sorted(found, key=lambda c: (c.shuffled, splits.index(c.split), probes.index(c.probe), c.smoothing))
 
 
 def _column(found: Mapping[str, Any]) -> Column:
-    return Column(found["probe"], found["smoothing"], found["shuffled"])
+    return Column(*(found[name] for name in Column._fields))
 
 
-def _values(record: Record, column: Column, metric: str) -> list[float]:
-    return [found[metric] for found in record["scores"] if _column(found) == column]
+def _lines(record: Record) -> Iterator[dict[str, Any]]:
+    """The lines of a row's scores: slides, then sets, then all."""
+    scores = record["scores"]
+    for found in scores:
+        yield {"level": "slide", **found, "num_slides": 1}
+    for level, name in [*(("set", name) for name in distinct(scores, "set")), ("all", "")]:
+        of_level = matching(scores, set=name) if level == "set" else scores
+        for column in _columns([{"scores": of_level}]):
+            means = {
+                metric: (slide_mean if level == "set" else set_mean)(column.of(of_level), metric) for metric in METRICS
+            }
+            values = {metric: mean.value for metric, mean in means.items() if mean is not None}
+            values |= {f"{metric}_sd": mean.deviation for metric, mean in means.items() if mean is not None}
+            about = {"num_slides": means["ari"].num_slides, "seen": means["ari"].seen}
+            yield {"level": level, "set": name, "slide": "", **column._asdict(), **values, **about}
 
 
-def _cell(record: Record, column: Column) -> str:
-    means = [_values(record, column, metric) for metric in METRICS]
-    return " / ".join(f"{np.mean(values):.3f}" for values in means) if all(means) else MISSING
+def _place(line: Mapping[str, Any]) -> tuple:
+    return tuple(line[name] for name in ("level", "set", "slide", *Column._fields))
+
+
+def _value(mean: Mean | None) -> float:
+    return np.nan if mean is None else mean.value
+
+
+def _cell(scores: Sequence[Record], base: Sequence[Record]) -> str:
+    """A mean over sets, and its difference to the base's, where there is one."""
+    mean, there = set_mean(scores, "ari"), set_mean(base, "ari")
+    if mean is None:
+        return MISSING
+    return f"{mean.value:.3f}" if there is None else f"{mean.value:.3f} ({mean.value - there.value:+.3f})"
 
 
 def _is_number(name: str) -> bool:

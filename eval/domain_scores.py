@@ -32,15 +32,20 @@ from eval.scoring import cluster_scores
 from modeling_stimg import GeneVocabulary
 from modeling_stimg.genes_stimg import SlideGenes
 
+SPLITS = ("spots", "blocks", "slides")
 UNSUPERVISED = "no labels"
 SCORES_FORMAT = 1  # raised when a probe or a clustering gives other scores for the same features
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How to score; see the fields of `DomainDetectionArguments`."""
+    """How to score; see the fields of `DomainDetectionArguments`.
 
-    splits: tuple[str, ...] = ("spots", "blocks", "slides")
+    Raises:
+        ValueError: an unknown probe, split or clustering, or a radius that is none.
+    """
+
+    splits: tuple[str, ...] = SPLITS
     probes: tuple[str, ...] = tuple(PROBES)
     clusterings: tuple[str, ...] = tuple(CLUSTERINGS)
     num_splits: int = 10
@@ -51,6 +56,16 @@ class Protocol:
     smoothings: tuple[int, ...] = (0, 1, 2, 3)
     mlp_smoothings: tuple[int, ...] = (0,)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("probes", PROBES), ("splits", SPLITS), ("clusterings", CLUSTERINGS)):
+            unknown = sorted(set(getattr(self, name)) - set(known))
+            if unknown:
+                or_none = ", or none" if name == "clusterings" else ""
+                raise ValueError(f"Unknown {name} {unknown}: expected any of {list(known)}{or_none}.")
+        if not self.smoothings or min((*self.smoothings, *self.mlp_smoothings)) < 0:
+            told = f"smoothings are {list(self.smoothings)}, of the MLP {list(self.mlp_smoothings)}"
+            raise ValueError(f"{told}: expected radii in sites, from 0.")
 
     def told(self) -> dict[str, Any]:
         """For `results.json`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +56,8 @@ class EncoderEmbedder:
     Attributes:
         name: of its row. model, processor: from one folder. corpus: slides that it saw; None = not told.
         learnt: whether anything of it comes from slides. has_default: whether it gets a row as `embed_slide` writes it.
-        readout: instead of the model's default. device: where to run. seed: of the gene draws.
+        given: embedding options instead of the model's defaults. device: where to run. seed: of the gene draws.
+        batch_size: windows at a time; None = the model's default.
     """
 
     name: str
@@ -65,14 +66,15 @@ class EncoderEmbedder:
     corpus: list | None = field(repr=False, default=None)
     learnt: bool = True
     has_default: bool = True
-    readout: str | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     seed: int = 0
+    batch_size: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `embed_slide` does by default, smoothing included."""
-        return embedding_options(self.model, self.processor, readout=self.readout)
+        """What `embed_slide` does by default, or with the options given; smoothing included."""
+        return embedding_options(self.model, self.processor, **self.given)
 
     @property
     def key(self) -> str:
@@ -98,9 +100,9 @@ class EncoderEmbedder:
     def embed(self, slide: EvaluationSlide) -> np.ndarray:
         """float32 (n_obs, width), without any smoothing."""
         image = self.image(slide)
-        embedding = self.model.embed(
-            image, self.processor, readout=self.readout, smoothing=0, device=self.device, seed=self.seed, progress=True
-        )
+        options = {**self.given, "smoothing": 0, "device": self.device, "seed": self.seed}
+        options |= {} if self.batch_size is None else {"batch_size": self.batch_size}
+        embedding = self.model.embed(image, self.processor, **options, progress=True)
         return np.ascontiguousarray(embedding[image.spot_of_obs])
 
     def smoothed_by_default(self, slide: EvaluationSlide, embedding: np.ndarray) -> np.ndarray:
@@ -176,7 +178,7 @@ def load_embedders(
     names = [name for name, _ in models]
     if len({*names, RANDOM_START, SINGULAR_START, GENE_TOKENS}) < len(names) + 3:
         raise ValueError(f"Models are called {names}: give every one a name of its own, as in --models name=folder.")
-    common = {"readout": readout, "device": device, "seed": seed}
+    common = {"given": {} if readout is None else {"readout": readout}, "device": device, "seed": seed}
     untrained, trained = [], []
     for position, (name, folder) in enumerate(models):
         processor = STPatchProcessor.from_pretrained(folder)

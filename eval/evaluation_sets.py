@@ -10,14 +10,14 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from anndata import AnnData
 
-from data_processing.corpus import slide_name, slide_patient
+from data_processing.corpus import find_slides, slide_name, slide_patient
 from data_processing.fingerprints import known_patient
 from data_processing.sources import EVALUATION_SETS, Source, read_manifest
 from data_processing.splits import encode_labels, slide_labels
@@ -30,6 +30,8 @@ ROLES = ("labelled", "evaluation")  # as data_processing/local_slides.py reads t
 COLLECTION_NAMES = {"her2": "her2st_", "heart": "aspheart_"}
 NO_CLASS = {"her2": ("undetermined",), "heart": ("WH",)}
 UNLABELLED = ("undetermined", "WH")  # of slides in no named set
+GIVEN = "slides"  # the set of slides in no named set
+Places = dict[str, tuple[Path, str]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class EvaluationSet:
     slides: dict[str, EvaluationSlide]
 
 
-def named_paths(name: str) -> dict[str, tuple[Path, str]]:
+def named_paths(name: str) -> Places:
     """Path and patient of every slide of a set that is on this machine, by slide.
 
     Raises:
@@ -88,28 +90,72 @@ def named_paths(name: str) -> dict[str, tuple[Path, str]]:
     return found
 
 
+def paths_of_sets(
+    names: Sequence[str], patterns: Sequence[str] = (), exclude: Sequence[str] = (), only: Sequence[str] = ()
+) -> dict[str, Places]:
+    """Path and patient ("" where not told) of every slide, by slide, by set: the named sets, then that of given slides.
+
+    Args:
+        names: of sets. patterns: of given slides, files or globs. exclude: slides to leave out. only: slides to keep;
+            all where none is named.
+
+    Raises:
+        ValueError: nothing is asked for, a slide to exclude or to keep is nowhere, or a set is left without any; and as
+            `named_paths`. FileNotFoundError: a pattern that matches nothing.
+    """
+    if not names and not patterns:
+        raise ValueError("There is nothing to evaluate on: give --sets or --slides.")
+    places = {name: named_paths(name) for name in dict.fromkeys(names)}
+    if patterns:
+        places[GIVEN] = {slide_name(path): (path, "") for path in find_slides(patterns)}
+    there = {slide for of_set in places.values() for slide in of_set}
+    for told, asked in (("Excluded slides", exclude), ("Slides to keep,", only)):
+        missing = sorted(set(asked) - there)
+        if missing:
+            raise ValueError(f"{told} {missing} are not among the {len(there)} slides found: check the names.")
+    left = there.intersection(only or there) - set(exclude)
+    chosen = {name: {s: place for s, place in of_set.items() if s in left} for name, of_set in places.items()}
+    for name in (name for name, of_set in chosen.items() if not of_set):
+        raise ValueError(_none_left(name))
+    return chosen
+
+
+def load_sets(
+    chosen: Mapping[str, Places], label_key: str = "label", unlabelled: Sequence[str] = UNLABELLED
+) -> list[EvaluationSet]:
+    """The sets that `paths_of_sets` tells of.
+
+    Args:
+        unlabelled: labels of given slides that are no class; named sets know theirs.
+
+    Raises:
+        ValueError: a slide that cannot be used; the sentence names it.
+    """
+    return [
+        _load_set(name, places, label_key, unlabelled if name == GIVEN else NO_CLASS.get(name, ()))
+        for name, places in chosen.items()
+    ]
+
+
 def load_named_set(name: str, exclude: Sequence[str] = (), label_key: str | None = None) -> EvaluationSet:
     """A set of the manifest from `$STIMG_DATA`, without the slides to exclude.
 
     Raises:
         ValueError: as `named_paths`, or a slide that cannot be used.
     """
-    slides = {}
-    for slide, (path, patient) in named_paths(name).items():
-        if slide not in exclude:
-            slides[slide] = load_slide(path, label_key or "label", NO_CLASS.get(name, ()), patient)
-    if not slides:
-        raise ValueError(f"All slides of the set {name!r} are excluded: leave the set out, or exclude fewer.")
-    return EvaluationSet(name, slides)
+    places = {slide: place for slide, place in named_paths(name).items() if slide not in exclude}
+    if not places:
+        raise ValueError(_none_left(name))
+    return _load_set(name, places, label_key or "label", NO_CLASS.get(name, ()))
 
 
 def load_given_set(
-    paths: Sequence[Path], label_key: str = "label", unlabelled: Sequence[str] = UNLABELLED, name: str = "slides"
+    paths: Sequence[Path], label_key: str = "label", unlabelled: Sequence[str] = UNLABELLED, name: str = GIVEN
 ) -> EvaluationSet:
     """A set of files that `read_slide` reads."""
     if not paths:
-        raise ValueError("All slides are excluded: exclude fewer.")
-    return EvaluationSet(name, {slide_name(path): load_slide(path, label_key, unlabelled) for path in paths})
+        raise ValueError(_none_left(name))
+    return _load_set(name, {slide_name(path): (path, "") for path in paths}, label_key, unlabelled)
 
 
 def load_slide(path: Path, label_key: str, unlabelled: Sequence[str], patient: str = "") -> EvaluationSlide:
@@ -134,6 +180,17 @@ def load_slide(path: Path, label_key: str, unlabelled: Sequence[str], patient: s
     rows, cols = compact(adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy(), "lattice")
     patient = known_patient(slide_patient(adata)) or known_patient(patient)
     return EvaluationSlide(name, adata, patient, labels, codes, tuple(classes), rows, cols)
+
+
+def _load_set(name: str, places: Places, label_key: str, unlabelled: Sequence[str]) -> EvaluationSet:
+    slides = {slide: load_slide(path, label_key, unlabelled, patient) for slide, (path, patient) in places.items()}
+    return EvaluationSet(name, slides)
+
+
+def _none_left(name: str) -> str:
+    if name == GIVEN:
+        return "All slides are excluded: exclude fewer."
+    return f"All slides of the set {name!r} are excluded: leave the set out, or exclude fewer."
 
 
 def _belongs(slide: str, set_name: str, sources: Sequence[Source]) -> bool:

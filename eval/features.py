@@ -7,19 +7,23 @@ probes across slides. Both come unsmoothed: every method gets the same neighbour
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from eval.aggregate import smoothing_name
 from eval.baselines.across_slides import shared_components, shared_expression
 from eval.baselines.expression import coordinates_only, neighbourhood_mean, principal_components, raw_expression
-from eval.baselines.shuffled import shuffled_order
+from eval.baselines.shuffled import shuffle_spots, shuffled_order
 from eval.embedders import Embedder, EncoderEmbedder, cached
 from eval.evaluation_sets import EvaluationSlide
 
 BY_DEFAULT = ", as embed_slide writes it"
+SHUFFLED = ", counts shuffled"
+Found = TypeVar("Found")
 Within = Callable[[EvaluationSlide], np.ndarray]
 Across = Callable[[Sequence[EvaluationSlide], EvaluationSlide], list[np.ndarray]]
 
@@ -92,6 +96,50 @@ def embedder_methods(embedders: Sequence[Embedder], cache: Path) -> list[Method]
             by_default = partial(_by_default, embedder, embed)
             methods.append(Method(embedder.name + BY_DEFAULT, by_default, smoothed=False, seen=embedder.seen))
     return methods
+
+
+def written_method(embedder: EncoderEmbedder, cache: Path) -> Method:
+    """A row of what `embed_slide` writes with the embedder's options; made once a slide, and kept without its mean."""
+    by_default = partial(_by_default, embedder, cached(embedder, cache))
+    return Method(embedder.name, once_a_slide(by_default), seen=embedder.seen)
+
+
+def after_mean(method: Method, radius: int) -> Method:
+    """The same features after the neighbourhood mean of a radius in sites, as a row of its own."""
+
+    def across(training: Sequence[EvaluationSlide], test: EvaluationSlide) -> list[np.ndarray]:
+        slides = [*training, test]
+        return [smoothed(f, s, radius) for f, s in zip(method.on_slides(training, test), slides, strict=True)]
+
+    def within(slide: EvaluationSlide) -> np.ndarray:
+        return smoothed(method.within(slide), slide, radius)
+
+    mean = f", {smoothing_name(radius)} mean" if radius else ""
+    return replace(method, name=method.name + mean, within=within, across=across)
+
+
+def on_shuffled_counts(method: Method, seed: int) -> Method:
+    """A control: the same features of slides whose spots have swapped their counts (`eval/baselines/shuffled.py`)."""
+    shuffled = once_a_slide(lambda slide: replace(slide, adata=shuffle_spots(slide.adata, seed)))
+
+    def across(training: Sequence[EvaluationSlide], test: EvaluationSlide) -> list[np.ndarray]:
+        return method.on_slides([shuffled(slide) for slide in training], shuffled(test))
+
+    return replace(
+        method, name=method.name + SHUFFLED, within=lambda slide: method.within(shuffled(slide)), across=across
+    )
+
+
+def once_a_slide(function: Callable[[EvaluationSlide], Found]) -> Callable[[EvaluationSlide], Found]:
+    """The same function, called once for every slide; what it gave is kept in memory."""
+    found: dict[int, tuple[EvaluationSlide, Found]] = {}
+
+    def remembered(slide: EvaluationSlide) -> Found:
+        if id(slide) not in found:
+            found[id(slide)] = slide, function(slide)  # the slide is held, so that no other gets its id
+        return found[id(slide)][1]
+
+    return remembered
 
 
 def smoothed(features: np.ndarray, slide: EvaluationSlide, radius: int) -> np.ndarray:

@@ -22,14 +22,14 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from data_processing.corpus import find_slides, load_pretraining, slide_name
+from data_processing.corpus import load_pretraining
 from data_processing.sources import EVALUATION_SETS
 from eval.clustering import CLUSTERINGS
 from eval.domain_figures import write_figures
 from eval.domain_report import results_table
-from eval.domain_scores import Plan, Protocol, plan_set, score_all
+from eval.domain_scores import SPLITS, Plan, Protocol, plan_set, score_all
 from eval.embedders import GENE_TOKENS, Embedder, EncoderEmbedder, load_embedders, load_gene_token_embedders
-from eval.evaluation_sets import UNLABELLED, EvaluationSet, load_given_set, load_named_set, named_paths
+from eval.evaluation_sets import UNLABELLED, load_sets, paths_of_sets
 from eval.features import Method, baseline_methods, embedder_methods
 from eval.probes import PROBES
 from eval.results import run_metadata, write_results
@@ -79,8 +79,8 @@ class DomainDetectionArguments:
         metadata={"help": "Labels of --slides that are no class, beside missing ones; named sets know theirs."},
     )
     splits: list[str] = field(
-        default_factory=lambda: ["spots", "blocks", "slides"],
-        metadata={"help": "How training and test are told apart: spots, blocks, slides."},
+        default_factory=lambda: list(SPLITS),
+        metadata={"help": f"How training and test are told apart: {', '.join(SPLITS)}."},
     )
     probes: list[str] = field(
         default_factory=lambda: list(PROBES), metadata={"help": f"Which probes to train: {', '.join(PROBES)}."}
@@ -132,48 +132,16 @@ def named_models(arguments: DomainDetectionArguments) -> list[tuple[str, str]]:
     return models
 
 
-def load_sets(arguments: DomainDetectionArguments) -> list[EvaluationSet]:
-    """The named sets, then that of the slides given.
-
-    Raises:
-        ValueError: neither of the two, or a slide to exclude that is nowhere.
-    """
-    if not arguments.sets and not arguments.slides:
-        raise ValueError("There is nothing to evaluate on: give --sets or --slides.")
-    names = list(dict.fromkeys(arguments.sets))
-    there = [slide for name in names for slide in named_paths(name)]
-    there += [slide_name(path) for path in (find_slides(arguments.slides) if arguments.slides else [])]
-    missing = sorted(set(arguments.exclude) - set(there))
-    if missing:
-        raise ValueError(f"Excluded slides {missing} are not among the {len(there)} slides found: check the names.")
-    sets = [load_named_set(name, arguments.exclude, arguments.label_key) for name in names]
-    if arguments.slides:
-        given = [path for path in find_slides(arguments.slides) if slide_name(path) not in arguments.exclude]
-        sets.append(load_given_set(given, arguments.label_key, arguments.unlabelled))
-    return sets
-
-
-def check_choices(arguments: DomainDetectionArguments) -> Protocol:
+def protocol_of(arguments: DomainDetectionArguments) -> Protocol:
     """How to score, from the arguments.
 
     Raises:
-        ValueError: an unknown probe, split or clustering, or a radius that is none.
+        ValueError: as `Protocol`.
     """
-    for name, known in (("probes", list(PROBES)), ("splits", ["spots", "blocks", "slides"])):
-        unknown = sorted(set(getattr(arguments, name)) - set(known))
-        if unknown:
-            raise ValueError(f"Unknown {name} {unknown}: expected any of {known}.")
-    clusterings = [name for name in arguments.clusterings if name != "none"]
-    unknown = sorted(set(clusterings) - set(CLUSTERINGS))
-    if unknown:
-        raise ValueError(f"Unknown clusterings {unknown}: expected any of {list(CLUSTERINGS)}, or none.")
-    radii = [*arguments.smoothings, *arguments.mlp_smoothings]
-    if not arguments.smoothings or min(radii) < 0:
-        raise ValueError(f"smoothings are {arguments.smoothings}, of the MLP {arguments.mlp_smoothings}: radii from 0.")
     return Protocol(
         splits=tuple(dict.fromkeys(arguments.splits)),
         probes=tuple(dict.fromkeys(arguments.probes)),
-        clusterings=tuple(dict.fromkeys(clusterings)),
+        clusterings=tuple(dict.fromkeys(name for name in arguments.clusterings if name != "none")),
         num_splits=arguments.num_splits,
         train_share=arguments.train_share,
         tile_side=arguments.tile_side,
@@ -241,9 +209,11 @@ def metadata_of(
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(DomainDetectionArguments).parse_args_into_dataclasses(argv)
-    protocol = check_choices(arguments)
+    protocol = protocol_of(arguments)
     given = named_models(arguments)
-    plans = [plan_set(evaluation_set, protocol) for evaluation_set in load_sets(arguments)]
+    chosen = paths_of_sets(arguments.sets, arguments.slides, arguments.exclude)
+    sets = load_sets(chosen, arguments.label_key, arguments.unlabelled)
+    plans = [plan_set(evaluation_set, protocol) for evaluation_set in sets]
     models = [(name, find_model(where)) for name, where in given]
     folders = [(name, model.folder) for name, model in models]
     embedders: list[Embedder] = list(load_embedders(folders, arguments.readout, arguments.device, arguments.seed))

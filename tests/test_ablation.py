@@ -16,9 +16,12 @@ from data_processing.phantom import PhantomTissue
 from data_processing.splits import encode_labels, spot_splits
 from eval import report as report_of_several
 from eval import run_ablation
-from eval.ablation import Evaluation, LabelledSlide, read_grid, runs_of, windows_to_read
+from eval.ablation import read_grid, runs_of, windows_to_read
 from eval.baselines.shuffled import shuffle_spots
 from eval.baselines.variants import content_sha256, make_variant, train_variant
+from eval.domain_scores import Protocol, plan_set
+from eval.evaluation_sets import load_given_set
+from eval.resumable import ScoreLog
 from eval.run_ablation import GRID, main
 from modeling_stimg import STImageMAEModel, STPatchProcessor, read_slide
 from train import run_pretrain
@@ -108,25 +111,34 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 def test_rows_tables_and_figures_are_there(report: Path):
     rows = records_of(report)
-    assert list(rows) == [(factor, str(v)) for factor, told in FACTORS.items() for v in told["variants"]]
-    assert len({record["model"] for record in rows.values()}) == 2, "one training a window size"
+    baselines = [("baseline", name) for name in ("raw", "raw, 3x3 mean", "raw, 5x5 mean", "raw, 7x7 mean")]
+    of_grid = [(factor, str(v)) for factor, told in FACTORS.items() for v in told["variants"]]
+    assert list(rows) == [*baselines, *of_grid]
+    assert len({rows[row]["model"] for row in of_grid}) == 2, "one training a window size"
     assert rows["window size", "6"]["scores"] == rows["gene draws", "1"]["scores"] == rows["readout", "spot"]["scores"]
     assert rows["gene draws", "2"]["scores"] != rows["gene draws", "1"]["scores"]
     budget = rows["window size", "4"]["trained"]
     assert (budget["max_steps"], budget["num_windows"]) == (6, 24)
     assert 12 * 16 < budget["num_spots_seen"] <= 24 * 16
-    for record in rows.values():
-        columns = [(score["smoothing"], score["probe"]) for score in record["scores"]]
-        assert columns == [(0, "knn"), (0, "linear"), (1, "knn"), (1, "linear")]
-        assert {score["seen"] for score in record["scores"]} == {"unseen patient"}
+    for (factor, _), record in rows.items():
+        columns = [(score["split"], score["smoothing"], score["probe"]) for score in record["scores"]]
+        assert columns == [("spots", radius, probe) for radius in (0, 1) for probe in ("knn", "linear")]
+        seen = {score.get("seen") for score in record["scores"]}
+        assert seen == ({None} if factor == "baseline" else {"unseen patient"})
     table = (report / "table.md").read_text()
-    assert [line[3:] for line in table.splitlines() if line.startswith("## ")] == list(FACTORS)
+    assert [line[3:] for line in table.splitlines() if line.startswith("## ")] == ["baseline", *FACTORS]
     assert table.count("(base)") == 3
     assert "k-NN, 3x3 mean" in table
     with (report / "table.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 6 * 4
-    assert float(lines[0]["ari"]) == rows["window size", "4"]["scores"][0]["ari"]
+    assert len(lines) == (4 + 6) * 4 * 3, "of the slide, of the set, of all sets"
+    first = [line for line in lines if (line["factor"], line["variant"]) == ("window size", "4")]
+    assert [line["level"] for line in first] == ["slide"] * 4 + ["set"] * 4 + ["all"] * 4
+    assert len({line["ari"] for line in first[::4]}) == 1, "one slide"
+    ari, base = (rows["window size", size]["scores"][0]["ari"] for size in ("4", "6"))
+    assert float(first[0]["ari"]) == ari
+    assert float(first[0]["ari_less_base"]) == ari - base
+    assert f"| {ari:.3f} ({ari - base:+.3f}) |" in table
     pictures = sorted(path.name for path in report.glob("*.png"))
     assert pictures == ["gene_draws.png", "window_size.png"], "factors of numbers have a curve"
     assert (report / "window_size.png").read_bytes().startswith(b"\x89PNG")
@@ -147,7 +159,7 @@ def test_its_results_make_a_report(report: Path, tmp_path: Path):
 
 def test_control_reads_the_same_slide_with_its_counts_elsewhere(report: Path, grid: Path, tmp_path: Path):
     output = Path(shutil.copytree(report, tmp_path / "control"))
-    run(grid, output, "--factors", "gene draws", "--control", "--probes", "linear")
+    run(grid, output, "--factors", "gene draws", "--control", "--probes", "linear", "--baselines", "none")
     record, before = records_of(output)["gene draws", "1"], records_of(report)["gene draws", "1"]
     plain, shuffled = ([s for s in record["scores"] if s["shuffled"] == there] for there in (False, True))
     assert plain == [score for score in before["scores"] if score["probe"] == "linear"]
@@ -211,7 +223,7 @@ def test_interrupted_in_the_middle_of_a_training_it_goes_on_to_the_same_numbers(
         interrupt(patched, 5, stop)
         with pytest.raises(Interrupted):
             run(other, output, *only)
-    assert list(records_of(output)) == [("gene draws", "1"), ("gene draws", "2")]
+    assert [row for row in records_of(output) if row[0] != "baseline"] == [("gene draws", "1"), ("gene draws", "2")]
     assert (output / "table.md").read_text().count("–") > 2, "rows that are still to come"  # noqa: RUF001
     run(other, output, "--dry_run")
     assert "goes on from step 4" in capsys.readouterr().out
@@ -235,7 +247,8 @@ def test_changed_rows_alone_are_computed_anew(report: Path, grid: Path, tmp_path
     computed.clear()
     run(changed, output, "--factors", "window size", "--probes", "knn")
     assert computed == [("window size", "4"), ("window size", "6")], "another scoring"
-    assert set(records_of(output)) == set(computed), "rows of the old scoring are not mixed with these"
+    kept = {row for row in records_of(output) if row[0] != "baseline"}
+    assert kept == set(computed), "rows of the old scoring are not mixed with these"
 
 
 def test_what_decides_the_weights_names_the_folder(grid: Path, tmp_path: Path):
@@ -263,7 +276,8 @@ def test_dry_run_counts_and_leaves_nothing(grid: Path, tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     assert not (tmp_path / "dry").exists()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
-    assert [row[:5] for row in rows[2:5]] == [
+    assert rows[2] == ["baseline", "raw", "to do", "no model", "0", "0"]
+    assert [row[:5] for row in rows[6:9]] == [
         ["window size", "4", "to do", "to train", "24"],
         ["window size", "6", "to do", "to train", "24"],
         ["gene draws", "1", "to do", "trained for a row above", "24"],
@@ -271,17 +285,17 @@ def test_dry_run_counts_and_leaves_nothing(grid: Path, tmp_path: Path, capsys: p
     assert "at least 48 windows of training" in printed
 
 
-def test_windows_to_read_are_those_that_the_encoder_gets(report: Path, grid: Path, monkeypatch):
+def test_windows_to_read_are_those_that_the_encoder_gets(report: Path, grid: Path, tmp_path: Path, monkeypatch):
     """With another grid of the slide, a smaller window, several draws and hidden quarters."""
-    evaluation = Evaluation()
-    adata = read_slide(grid.parent / "slides" / "held_out.h5ad")
-    slide = LabelledSlide.of("held_out", adata, evaluation)
+    protocol = Protocol(("spots",), ("knn",), (), num_splits=1, smoothings=(0,))
+    plan = plan_set(load_given_set([grid.parent / "slides" / "held_out.h5ad"]), protocol)
+    slides = list(plan.slides.values())
     options = {"stride": 2, "num_gene_draws": 2, "readout": "both"}
     factors = {
         "all": {"variants": {"x": {"embedding": options, "processor": {"window_size": 4, "compaction": "rank"}}}}
     }
     other = write_grid(grid.parent / "other.yaml", grid.parent / "slides", factors)
-    (row,), _ = read_grid(other, {}, report / "models", evaluation, "")
+    (row,), _ = read_grid(other, {}, report / "models", {})
     assert row.trained.finished
     got = 0
     original = STImageMAEModel.forward
@@ -292,14 +306,14 @@ def test_windows_to_read_are_those_that_the_encoder_gets(report: Path, grid: Pat
         return original(self, pixel_values, *arguments, **named)
 
     monkeypatch.setattr(STImageMAEModel, "forward", forward)
-    run_ablation.evaluate_run(row, [slide], evaluation)
-    assert windows_to_read(row, [slide]) == got > 100
+    run_ablation.evaluate_run(row, [plan], protocol, ScoreLog(tmp_path / "scores.jsonl"), tmp_path)
+    assert windows_to_read(row, slides) == got > 100
 
 
 def test_shipped_grid_holds_its_base_once_a_factor(tmp_path: Path):
     for name in ("corpus.json", "genes.json"):
         (tmp_path / name).write_text("{}")
-    runs, base = read_grid(GRID, {"corpus": str(tmp_path)}, tmp_path / "models", Evaluation(), "")
+    runs, base = read_grid(GRID, {"corpus": str(tmp_path)}, tmp_path / "models", {})
     wanted = {"window size", "channels", "gene rule in training", "gene rule at inference", "compaction", "mask unit"}
     wanted |= {"start of gene embeddings", "stride at inference", "gene draws at inference"}
     assert wanted <= {row.factor for row in runs}
@@ -343,7 +357,7 @@ def words(output: Path, grid: Path) -> list[str]:
 def test_bad_arguments_are_told_in_one_sentence(grid: Path, tmp_path: Path, slides: dict):
     with pytest.raises(ValueError, match=r"Unknown factors \['colour'\]: the grid has \['window size', 'gene draws'"):
         run(grid, tmp_path / "out", "--factors", "colour")
-    with pytest.raises(ValueError, match=r"probes are \['forest'\]: expected any of"):
+    with pytest.raises(ValueError, match=r"Unknown probes \['forest'\]: expected any of"):
         run(grid, tmp_path / "out", "--probes", "forest")
     with pytest.raises(ValueError, match="--training is no valid JSON"):
         run(grid, tmp_path / "out", "--training", "max_steps=3")
