@@ -109,7 +109,7 @@ def paths_of_sets(
     if patterns:
         places[GIVEN] = {slide_name(path): (path, "") for path in find_slides(patterns)}
     there = {slide for of_set in places.values() for slide in of_set}
-    for told, asked in (("Excluded slides", exclude), ("Slides to keep,", only)):
+    for told, asked in (("Excluded slides", exclude), ("Slides to keep", only)):
         missing = sorted(set(asked) - there)
         if missing:
             raise ValueError(f"{told} {missing} are not among the {len(there)} slides found: check the names.")

@@ -14,16 +14,18 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from data_processing.phantom import PhantomTissue
 from data_processing.splits import encode_labels, spot_splits
+from eval import domain_scores, run_ablation, run_domain_detection
 from eval import report as report_of_several
-from eval import run_ablation
 from eval.ablation import read_grid, runs_of, windows_to_read
 from eval.baselines.shuffled import shuffle_spots
 from eval.baselines.variants import content_sha256, make_variant, train_variant
 from eval.domain_scores import Protocol, plan_set
+from eval.embedders import EncoderEmbedder
 from eval.evaluation_sets import load_given_set
+from eval.probes import score as scored
 from eval.resumable import ScoreLog
 from eval.run_ablation import GRID, main
-from modeling_stimg import STImageMAEModel, STPatchProcessor, read_slide
+from modeling_stimg import STImageMAEModel, STPatchProcessor, embed_slide, read_slide
 from train import run_pretrain
 
 TRAINING = {
@@ -155,6 +157,131 @@ def test_its_results_make_a_report(report: Path, tmp_path: Path):
     curves = {path.name for path in report.glob("*.png")}
     assert curves
     assert {path.name for path in tmp_path.glob("*.png")} == curves
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory, tissue: PhantomTissue) -> Path:
+    """Two named sets, of two slides and of one, and a slide that nobody asks for."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "slides").mkdir()
+    names = ("her2st_A1", "her2st_B1", "her2st_C1", "aspheart_1")
+    for number, name in enumerate(names, start=3):
+        slide = tissue.slide(number, array="square", height=12, width=12, median_counts=300)
+        slide.write_h5ad(folder / "slides" / f"{name}.h5ad")
+    rows = [f"{name}\tlabelled\t{name}" for name in names]
+    (folder / "slides.tsv").write_text("\n".join(["name\trole\tpatient", *rows]) + "\n")
+    return folder
+
+
+ONLY = ("--only", "her2st_A1", "her2st_B1", "aspheart_1", "--tile_side", "3", "--num_splits", "1")
+
+
+def run_on_sets(grid: Path, output: Path, sets: Path, patch: pytest.MonkeyPatch, *options: str) -> list[str]:
+    """Names of the slides that were embedded, in their order."""
+    embedded: list[str] = []
+    original = EncoderEmbedder.embed
+    with patch.context() as patched:
+        patched.setenv("STIMG_DATA", str(sets))
+        patched.setattr(
+            EncoderEmbedder, "embed", lambda self, slide: (embedded.append(slide.name), original(self, slide))[1]
+        )
+        main(["--sets", "her2", "heart", "--output_dir", str(output), "--grid", str(grid), *ONLY, *options])
+    return embedded
+
+
+def test_named_sets_are_scored_as_domain_detection_scores_them(
+    report: Path, grid: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Exactly the same numbers for the same model and for raw expression; means within sets come first."""
+    output = Path(shutil.copytree(report, tmp_path / "sets"))
+    embedded = run_on_sets(grid, output, sets, monkeypatch, "--factors", "window size")
+    assert sorted(embedded) == sorted(2 * ["her2st_A1", "her2st_B1", "aspheart_1"]), "once a slide, for all splits"
+    rows = records_of(output)
+    small, base = rows["window size", "4"], rows["window size", "6"]
+    monkeypatch.setenv("STIMG_DATA", str(sets))
+    domains = ["--sets", "her2", "heart", "--exclude", "her2st_C1", "--model", str(output / base["model"])]
+    domains += ["--output_dir", str(tmp_path / "domains"), "--clusterings", "none", "--probes", "knn", "linear"]
+    domains += ["--smoothings", "0", "1", "--rows", "raw", "stimg", "--figures", "false", *ONLY[-4:]]
+    run_domain_detection.main(domains)
+    records = json.loads((tmp_path / "domains" / "results.json").read_text())["records"]
+    assert {(record["set"], record["split"]) for record in records} == {
+        *(("her2", split) for split in ("spots", "blocks", "slides")),
+        *(("heart", split) for split in ("spots", "blocks")),  # a slide alone has no other to train on
+    }
+    for name, row in (("stimg", base), ("raw", rows["baseline", "raw"])):
+        expected = [{**record, "shuffled": False} for record in records if record["features"] == name]
+        assert [{**score, "features": name} for score in row["scores"]] == expected
+    raw = [record for record in records if record["features"] == "raw" and record["smoothing"] == 1]
+    mean = [score for score in rows["baseline", "raw, 3x3 mean"]["scores"] if score["smoothing"] == 0]
+    assert [record["ari"] for record in raw] == [score["ari"] for score in mean]
+
+    with (output / "table.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if (line["variant"], line["split"]) == ("4", "blocks")]
+    (of_all,) = (li for li in lines if (li["level"], li["probe"], li["smoothing"]) == ("all", "linear", "0"))
+    cells = {
+        score["slide"]: score["ari"]
+        for score in small["scores"]
+        if (score["split"], score["probe"], score["smoothing"]) == ("blocks", "linear", 0)
+    }
+    her2 = (cells["her2st_A1"] + cells["her2st_B1"]) / 2
+    assert float(of_all["ari"]) == pytest.approx((her2 + cells["aspheart_1"]) / 2)
+    (of_set,) = (
+        li for li in lines if (li["set"], li["slide"], li["probe"], li["smoothing"]) == ("her2", "", "linear", "0")
+    )
+    assert float(of_set["ari"]) == pytest.approx(her2)
+    table = (output / "table.md").read_text()
+    assert f"{float(of_all['ari']):.3f} ({float(of_all['ari_less_base']):+.3f})" in table
+    assert "(her2: her2st_A1, her2st_B1; heart: aspheart_1)" in table
+    for split in ("spots", "blocks", "slides"):
+        assert f"| {split}, k-NN | {split}, k-NN, 3x3 mean | {split}, linear |" in table
+
+
+def test_a_row_goes_on_in_the_middle_and_means_share_an_embedding(
+    report: Path, grid: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    variants = {0: {}, 2: {"embedding": {"smoothing": 2, "centered": False}}, "not": {"untrained": True}}
+    other = write_grid(tmp_path / "grid.yaml", grid.parent / "slides", {"mean": {"variants": variants}})
+    (tmp_path / "out").mkdir()
+    shutil.copytree(report / "models", tmp_path / "out" / "models")
+    monkeypatch.setattr(run_pretrain, "main", lambda argv: pytest.fail("nothing is to be trained"))
+    options = ("--baselines", "none", "--probes", "knn", "--smoothings", "0", "--splits", "spots", "slides")
+    knn, calls = domain_scores.PROBES["knn"], []
+
+    def interrupted(*arguments):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return knn(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setitem(domain_scores.PROBES, "knn", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_on_sets(other, tmp_path / "out", sets, patched, *options)
+    assert not (tmp_path / "out" / "results.json").exists()
+    monkeypatch.setitem(domain_scores.PROBES, "knn", lambda *a: (calls.append(1), knn(*a))[1])
+    embedded = run_on_sets(other, tmp_path / "out", sets, monkeypatch, *options)
+    assert embedded == ["her2st_A1", "her2st_B1", "aspheart_1"], "those of the model at step 0 alone"
+    rows = records_of(tmp_path / "out")
+    # Both slides of her2 within and across, the one of heart within.
+    assert len(calls) == sum(len(record["scores"]) for record in rows.values()) == 3 * 5
+    base, mean, start = (rows["mean", variant] for variant in ("0", "2", "not"))
+    assert (base["trained"]["num_windows"], start["trained"]) == (
+        24,
+        {"max_steps": 0, "num_windows": 0, "num_spots_seen": 0},
+    )
+    assert start["model"] == f"{base['model']}/untrained"
+    name = "her2st_A1"
+    adata = read_slide(sets / "slides" / f"{name}.h5ad")
+    codes, _ = encode_labels(adata.obs["label"].astype(str).to_numpy())
+    for record, smoothing in ((mean, 2), (start, 0)):
+        folder = tmp_path / "out" / record["model"]
+        model, processor = STImageMAEModel.from_pretrained(folder), STPatchProcessor.from_pretrained(folder)
+        embed_slide(adata, model, processor, stride=3, smoothing=smoothing, progress=False)
+        splits = spot_splits(codes, 1)
+        values = scored(codes, knn(adata.obsm["X_stimg"], codes, splits, 0), splits)["ari"][0]
+        (found,) = (s for s in record["scores"] if (s["slide"], s["split"]) == (name, "spots"))
+        assert found["ari"] == pytest.approx(values, abs=1e-3)
+    assert len({record["scores"][0]["ari"] for record in rows.values()}) == 3
 
 
 def test_control_reads_the_same_slide_with_its_counts_elsewhere(report: Path, grid: Path, tmp_path: Path):
@@ -310,13 +437,30 @@ def test_windows_to_read_are_those_that_the_encoder_gets(report: Path, grid: Pat
     assert windows_to_read(row, slides) == got > 100
 
 
-def test_shipped_grid_holds_its_base_once_a_factor(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("shipped", "wanted", "max_spots"),
+    [
+        (
+            GRID,
+            "window size, channels, gene rule in training, gene rule at inference, compaction, mask unit, "
+            "start of gene embeddings, stride at inference, gene draws at inference",
+            {600_000},
+        ),
+        (
+            GRID.with_name("recipe.yaml"),
+            "seed, untrained, position, normalization, start of gene embeddings, reconstruction, target smoothing, "
+            "mask unit, mask ratio, readout, genes at inference, centered, smoothing, stride, learning rate, budget, "
+            "depth, window size",
+            {75_000, 150_000, 300_000, 600_000},
+        ),
+    ],
+    ids=["ablation", "recipe"],
+)
+def test_shipped_grid_holds_its_base_once_a_factor(tmp_path: Path, shipped: Path, wanted: str, max_spots: set[int]):
     for name in ("corpus.json", "genes.json"):
         (tmp_path / name).write_text("{}")
-    runs, base = read_grid(GRID, {"corpus": str(tmp_path)}, tmp_path / "models", {})
-    wanted = {"window size", "channels", "gene rule in training", "gene rule at inference", "compaction", "mask unit"}
-    wanted |= {"start of gene embeddings", "stride at inference", "gene draws at inference"}
-    assert wanted <= {row.factor for row in runs}
+    runs, base = read_grid(shipped, {"corpus": str(tmp_path)}, tmp_path / "models", {})
+    assert set(wanted.split(", ")) <= {row.factor for row in runs}
     for factor in dict.fromkeys(row.factor for row in runs):
         of_factor = runs_of(runs, [factor])
         assert [row.key for row in of_factor].count(base) == 1, factor
@@ -324,7 +468,8 @@ def test_shipped_grid_holds_its_base_once_a_factor(tmp_path: Path):
     sites = [row.trained.window_size**2 * row.trained.fields["per_device_train_batch_size"] for row in runs]
     assert min(sites) > 0.85 * 2048
     assert max(sites) < 1.15 * 2048
-    assert {row.trained.fields["max_spots"] for row in runs} == {600_000}
+    assert {row.trained.fields["max_spots"] for row in runs} == max_spots
+    assert {row.factor for row in runs if row.trained.fields["max_spots"] not in (150_000, 600_000)} <= {"budget"}
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -337,6 +482,10 @@ BAD_GRIDS = [
     ({"x": {"variants": {"y": {"embedding": {"stride": 7}}}}}, "x: y: stride is 7, larger than the window"),
     ({"x": {"variants": {"y": {"processor": {"target_sum": 1}}}}}, "x: y: Processor options .*target_sum"),
     ({"x": {"variants": {"y": {"model": {}}}}}, r"x: y overrides \['model'\]"),
+    ({"x": {"variants": {"y": {"untrained": "yes"}}}}, "x: y: untrained is 'yes': expected true or false"),
+    ({"x": {"variants": {"y": {"embedding": {"gene_selection": "all"}}}}}, "x: y: gene_selection is 'all'"),
+    ({"x": {"variants": {"y": {"embedding": {"smoothing": -1}}}}}, "x: y: smoothing is -1"),
+    ({"baseline": {"variants": {"y": {}}}}, "has a factor 'baseline'"),
     ({"x": {"y": {}}}, "x: expected variants"),
     ({}, "names no factors"),
 ]
@@ -359,6 +508,14 @@ def test_bad_arguments_are_told_in_one_sentence(grid: Path, tmp_path: Path, slid
         run(grid, tmp_path / "out", "--factors", "colour")
     with pytest.raises(ValueError, match=r"Unknown probes \['forest'\]: expected any of"):
         run(grid, tmp_path / "out", "--probes", "forest")
+    with pytest.raises(ValueError, match=r"Unknown splits \['rows'\]: expected any of \['spots', 'blocks', 'slides'\]"):
+        run(grid, tmp_path / "out", "--splits", "rows")
+    with pytest.raises(ValueError, match=r"Unknown baselines \['PCA'\]: expected any of \['raw', 'pca', 'coord"):
+        run(grid, tmp_path / "out", "--baselines", "PCA")
+    with pytest.raises(ValueError, match=r"Slides to keep \['held'\] are not among the 1 slides found"):
+        run(grid, tmp_path / "out", "--only", "held")
+    with pytest.raises(ValueError, match="give --sets or --slides"):
+        main(words(tmp_path / "out", grid))
     with pytest.raises(ValueError, match="--training is no valid JSON"):
         run(grid, tmp_path / "out", "--training", "max_steps=3")
     with pytest.raises(FileNotFoundError, match=r"There is no .*nowhere\.yaml"):

@@ -8,7 +8,14 @@ import pytest
 from data_processing.corpus import SlideRecord, slide_patient
 from data_processing.phantom import PhantomTissue
 from eval.embedders import EncoderEmbedder
-from eval.evaluation_sets import load_given_set, load_named_set, load_slide, named_paths
+from eval.evaluation_sets import (
+    load_given_set,
+    load_named_set,
+    load_sets,
+    load_slide,
+    named_paths,
+    paths_of_sets,
+)
 from eval.provenance import seen
 
 SLIDES = {  # name: (role, patient)
@@ -47,6 +54,25 @@ def test_named_sets_hold_their_labelled_slides(folder: Path, monkeypatch: pytest
     assert (slide.codes >= 0).sum() == (slide.labels != None).sum()  # noqa: E711 - entry by entry
     assert list(load_named_set("her2", exclude=["her2st_A1"]).slides) == ["her2st_B1"]
     assert "undetermined" in load_named_set("dlpfc").slides["dlpfc_151673_g80"].classes  # a class as any other there
+
+
+def test_slides_to_keep_are_those_of_the_sets_that_have_them(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("STIMG_DATA", str(folder))
+    given = str(folder / "slides" / "*A2.h5ad")
+    chosen = paths_of_sets(["her2", "dlpfc"], [given], only=["her2st_B1", "dlpfc_151673_g80", "her2st_A2"])
+    assert {name: list(places) for name, places in chosen.items()} == {
+        "her2": ["her2st_B1"],
+        "dlpfc": ["dlpfc_151673_g80"],
+        "slides": ["her2st_A2"],
+    }
+    found = load_sets(chosen, unlabelled=["layer 1"])
+    assert [list(one.slides) for one in found] == [["her2st_B1"], ["dlpfc_151673_g80"], ["her2st_A2"]]
+    classes = [next(iter(one.slides.values())).classes for one in found]
+    assert ["layer 1" in names for names in classes] == [True, True, False], "named sets know what is no class"
+    with pytest.raises(ValueError, match=r"Slides to keep \['her2st_C1'\] are not among the 3 slides found"):
+        paths_of_sets(["her2", "dlpfc"], only=["her2st_C1"])
+    with pytest.raises(ValueError, match="All slides of the set 'dlpfc' are excluded"):
+        paths_of_sets(["her2", "dlpfc"], only=["her2st_A1"])
 
 
 def test_what_is_missing_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
