@@ -74,7 +74,8 @@ def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]]
     by_row = {(record["factor"], record["variant"]): record for record in records}
     base = next((record["scores"] for record in records if record["key"] == base_key), [])
     for factor in dict.fromkeys(factor for factor, _ in planned):
-        rows, notes = [], []
+        rows: list[list[str]] = []
+        small: dict[str, list[str]] = {}
         for variant in (v for f, v in planned if f == factor):
             record = by_row.get((factor, variant))
             if record is None:
@@ -86,9 +87,10 @@ def ablation_table(records: Sequence[Record], planned: Sequence[tuple[str, str]]
             shown = [MISSING if number is None else f"{number:,}" for number in budget]
             rows.append([f"{variant} (base)" if is_base else variant, *shown, *cells])
             if record["too_small"]:
-                notes += ["", f"{variant}: larger than {', '.join(record['too_small'])}, whose sites stand in it once."]
-        lines += ["", f"## {factor}", ""]
-        lines += [*markdown_table([factor, "windows trained", "spots seen", *header], rows), *notes]
+                small.setdefault(", ".join(record["too_small"]), []).append(variant)
+        lines += ["", f"## {factor}", "", *markdown_table([factor, "windows trained", "spots seen", *header], rows)]
+        for of_rows, variants in small.items():
+            lines += ["", f"A window of {', '.join(variants)} is larger than {of_rows}, whose sites stand in it once."]
     return "\n".join(lines) + "\n"
 
 
