@@ -22,7 +22,7 @@ from eval.baselines.gene_token import load_gene_tokens, nearest_spots_mean
 from eval.evaluation_sets import EvaluationSlide
 from eval.provenance import seen
 from modeling_stimg import SlideImage, STImageMAEModel, STPatchProcessor
-from modeling_stimg.embedding_stimg import embedding_options, neighbourhood_mean
+from modeling_stimg.embedding_stimg import embedding_options, neighbourhood_means
 from modeling_stimg.genes_stimg import VAR_ID_COLUMNS, VAR_NAME_COLUMNS, SlideGenes
 
 RANDOM_START, SINGULAR_START = "untrained, random start", "untrained, singular start"
@@ -107,11 +107,11 @@ class EncoderEmbedder:
 
     def smoothed_by_default(self, slide: EvaluationSlide, embedding: np.ndarray) -> np.ndarray:
         """What `embed_slide` writes, from what `embed` gave: float32 (n_obs, width)."""
-        radius = self.options["smoothing"]
-        if radius == 0:
+        if self.options["smoothing"] == 0:
             return embedding
         image = self.image(slide)
-        means = neighbourhood_mean(image, embedding[image.obs_index].astype(np.float64), radius)
+        features = embedding[image.obs_index].astype(np.float64)
+        means = neighbourhood_means(image, features, self.options["smoothing"])
         return means.astype(np.float32)[image.spot_of_obs]
 
     def seen(self, slide: EvaluationSlide) -> str | None:

@@ -51,8 +51,11 @@ class STImageMAEConfig(PreTrainedConfig):
             `coordinates` on the slide, 0 to 100 an axis; both are fixed 2-D sine-cosine codes that are added to a site.
             `"rotary"` turns queries and keys by row and column instead, and lets heads prefer sites nearby: how sites
             lie to each other is seen, and where in the window they lie is not.
+        projection_size (`int`): Width of a linear projection of the outputs, which `embed_slide` takes; 0 = none.
+            Pretraining fits it after the weights, so that directions in which neighbours differ count little. A power
+            of two, at most `hidden_size`.
         embedding_defaults (`dict`, *optional*): What `embed_slide` does when not told: any of `stride`, `readout`,
-            `gene_selection`, `num_channels`, `num_gene_draws`, `smoothing`, `centered`.
+            `gene_selection`, `num_channels`, `num_gene_draws`, `projected`, `smoothing`, `centered`.
     """
 
     model_type = "st_image_mae"
@@ -80,6 +83,7 @@ class STImageMAEConfig(PreTrainedConfig):
     reconstruction: str = "product"
     target_smoothing: int = 0
     position_embedding_type: str = "window"
+    projection_size: int = 0
     embedding_defaults: dict[str, Any] | None = None
 
     @classmethod
@@ -138,6 +142,13 @@ class STImageMAEConfig(PreTrainedConfig):
             )
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}: expected a share between 0 and 1.")
+        if self.projection_size and (
+            self.projection_size & (self.projection_size - 1) or not 0 < self.projection_size <= self.hidden_size
+        ):
+            raise ValueError(
+                f"projection_size is {self.projection_size}: expected 0 or a power of two up to hidden_size "
+                f"({self.hidden_size})."
+            )
         if self.target_smoothing < 0:
             raise ValueError(f"target_smoothing is {self.target_smoothing}: expected a radius in sites, from 0.")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:

@@ -25,7 +25,7 @@ def embed_slide(
     gene_selection: str | None = None,
     num_gene_draws: int | None = None,
     readout: str | None = None,
-    smoothing: int | None = None,
+    smoothing: int | Sequence[int] | None = None,
     batch_size: int = 32,
     device: str | None = None,
     seed: int = 0,
@@ -33,6 +33,7 @@ def embed_slide(
     progress: bool = True,
     num_channels: int | None = None,
     centered: bool | None = None,
+    projected: bool | None = None,
 ) -> None:
     """Give every spot of a slide an embedding, in `adata.obsm[key_added]`.
 
@@ -43,8 +44,8 @@ def embed_slide(
     Args:
         adata: raw counts in `X`, and array positions under any of the names that `read_slide` knows.
         model: an `STImageMAEModel` or `STImageMAEForPreTraining`. processor: its processor.
-        stride, gene_selection, num_gene_draws, readout, smoothing, num_channels, centered: see `embed_image`; None =
-            what the model's `config.embedding_defaults` says, else the general default.
+        stride, gene_selection, num_gene_draws, readout, smoothing, num_channels, centered, projected: see
+            `embed_image`; None = what the model's `config.embedding_defaults` says, else the general default.
         batch_size: windows at a time.
         device: e.g. `"cuda"`; None = where the model is.
         seed: of the gene draws.
@@ -67,6 +68,7 @@ def embed_slide(
         smoothing=smoothing,
         num_channels=num_channels,
         centered=centered,
+        projected=projected,
         batch_size=batch_size,
         device=device,
         seed=seed,

@@ -14,7 +14,7 @@
 """Embedding a whole slide: windows that cover it, the encoder over each, and one average a spot."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +49,7 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
         "gene_selection": processor.gene_selection,
         "num_channels": processor.num_channels,
         "num_gene_draws": 1,
+        "projected": None,
         "smoothing": 0,
         "centered": False,
     }
@@ -66,15 +67,32 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
             f'readout is "{options["readout"]}", which reads masked sites, but with mask_unit="site" these never enter '
             'the encoder: train with "mixed", or read "spot".'
         )
-    for name, least in (("stride", 1), ("num_channels", 1), ("num_gene_draws", 1), ("smoothing", 0)):
-        if options[name] < least:
-            raise ValueError(f"{name} is {options[name]}: expected an integer from {least}.")
+    for name in ("stride", "num_channels", "num_gene_draws"):
+        if options[name] < 1:
+            raise ValueError(f"{name} is {options[name]}: expected an integer from 1.")
+    radii = options["smoothing"]
+    if not isinstance(radii, int | np.integer):
+        options["smoothing"] = radii = list(radii)
+    if radii == [] or min(radii if isinstance(radii, list) else [radii]) < 0:
+        raise ValueError(f"smoothing is {radii}: expected a radius in sites, from 0, or several.")
+    options["projected"] = _is_projected(model.config, options)
     if options["stride"] > processor.window_size:
         raise ValueError(
             f"stride is {options['stride']}, larger than the window ({processor.window_size}): spots between windows "
             "would be left out."
         )
     return options
+
+
+def _is_projected(config: Any, options: dict[str, Any]) -> bool:
+    """Whether outputs are projected: when not told, where the model has a projection for what is read."""
+    fitted = getattr(config, "projection_size", 0) > 0 and options["readout"] == "spot"
+    if options["projected"] and not fitted:
+        raise ValueError(
+            f'projected is True with the readout "{options["readout"]}" and a projection_size of '
+            f'{getattr(config, "projection_size", 0)}: expected "spot", and a model that was trained with a projection.'
+        )
+    return fitted if options["projected"] is None else options["projected"]
 
 
 def check_pair(model: Any, processor: Any) -> None:
@@ -120,13 +138,14 @@ def embed_image(
     readout: str | None = None,
     gene_selection: str | None = None,
     num_gene_draws: int | None = None,
-    smoothing: int | None = None,
+    smoothing: int | Sequence[int] | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = False,
     num_channels: int | None = None,
     centered: bool | None = None,
+    projected: bool | None = None,
 ) -> np.ndarray:
     """Embed every spot of a slide with a frozen encoder.
 
@@ -141,7 +160,8 @@ def embed_image(
             `mask_unit="mixed"`; impossible with `"site"`. `"both"`: side by side.
         gene_selection: how a window's genes are chosen, as in the processor.
         num_gene_draws: how often each window is read, with genes drawn anew.
-        smoothing: radius in sites of a final mean over the square around each spot; 0 = none.
+        smoothing: radius in sites of a final mean over the square around each spot, 0 = none; or several radii, whose
+            means stand side by side, each scaled to a mean square norm of 1 over the slide's spots.
         batch_size: windows at a time; of the sample unit `"spot"` as many spots as these windows have sites. On a CPU
             fewer, where they are large: more at a time would take longer.
         device: where to run; `None` = where the model is.
@@ -150,9 +170,12 @@ def embed_image(
         num_channels: how many genes a window has, instead of the processor's number.
         centered: whether the mean over the slide's spots is taken off, before any smoothing, so that slides that were
             made differently can be compared.
+        projected: whether outputs go through the model's projection. Done when not told, where the model has one and
+            the readout is `"spot"`, for which it was fitted.
 
     Returns:
-        float32 (num_spots, width): width is the encoder's `hidden_size`, twice that for `"both"`.
+        float32 (num_spots, width): width is the encoder's `hidden_size`, twice that for `"both"`, or the
+        `projection_size`; times the number of radii.
     """
     options = embedding_options(
         model,
@@ -164,6 +187,7 @@ def embed_image(
         num_gene_draws=num_gene_draws,
         smoothing=smoothing,
         centered=centered,
+        projected=projected,
     )
     check_pair(model, processor)
     if options["readout"] != "spot" and model.config.mask_unit == "entry":
@@ -175,11 +199,11 @@ def embed_image(
     with frozen(encoder, image, device) as (where, sampler):
         parts = _readout_means(encoder, processor, image, options, batch_size, where, sampler, seed, progress)
     embedding = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    if options["projected"]:
+        embedding = embedding @ encoder.projection.T.cpu().double().numpy()
     if options["centered"]:
         embedding = embedding - embedding.mean(0)
-    if options["smoothing"] > 0:
-        embedding = neighbourhood_mean(image, embedding, options["smoothing"])
-    return embedding.astype(np.float32)
+    return neighbourhood_means(image, embedding, options["smoothing"]).astype(np.float32)
 
 
 def _readout_means(
@@ -354,4 +378,33 @@ def neighbourhood_mean(image: SlideImage, features: np.ndarray, radius: int) -> 
     return total / count[:, None]
 
 
-__all__ = ["READOUTS", "check_pair", "embed_image", "embedding_options", "frozen", "neighbourhood_mean"]
+def neighbourhood_means(image: SlideImage, features: np.ndarray, smoothing: int | Sequence[int]) -> np.ndarray:
+    """The mean of one radius; or those of several side by side, each scaled to a mean square norm of 1.
+
+    Unscaled, a wider mean would count less in any distance, because it varies less.
+
+    Args:
+        features: float (num_spots, width). smoothing: radius or radii in sites, 0 = the features themselves.
+
+    Returns:
+        float (num_spots, width times the number of radii).
+    """
+    if isinstance(smoothing, int | np.integer):
+        return features if smoothing == 0 else neighbourhood_mean(image, features, smoothing)
+    means = []
+    for radius in smoothing:
+        mean = neighbourhood_means(image, features, radius)
+        size = np.sqrt((mean.astype(np.float64) ** 2).sum(1).mean())
+        means.append(mean / size if size > 0 else mean)
+    return np.concatenate(means, axis=1)
+
+
+__all__ = [
+    "READOUTS",
+    "check_pair",
+    "embed_image",
+    "embedding_options",
+    "frozen",
+    "neighbourhood_mean",
+    "neighbourhood_means",
+]

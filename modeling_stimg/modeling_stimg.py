@@ -105,6 +105,8 @@ class STImageMAEPreTrainedModel(PreTrainedModel):
             init.normal_(module.mask_token, std=self.config.initializer_range)
         elif isinstance(module, Locality):
             init.copy_(module.strength, module.start())
+        elif isinstance(module, STImageMAEModel) and module.projection is not None:
+            init.copy_(module.projection, torch.eye(*module.projection.shape))  # until it is fitted
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +156,9 @@ class STImageMAEModel(STImageMAEPreTrainedModel):
             for _ in range(config.num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # What `embed_image` takes of the outputs, float (projection_size, D): fitted, and not learnt by gradients.
+        projection = torch.empty(config.projection_size, config.hidden_size) if config.projection_size else None
+        self.register_buffer("projection", projection)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

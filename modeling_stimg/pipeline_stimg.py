@@ -40,9 +40,9 @@ class STFeatureExtractionPipeline(Pipeline):
 
     Args:
         model: an `STImageMAEModel`. image_processor: its processor; None: the one of the model's folder or repository.
-        stride, readout, gene_selection, num_channels, num_gene_draws, smoothing, centered, batch_size, seed, progress:
-            as in `embed_image`; what is not given is as in the model's `config.embedding_defaults`. Also taken by the
-            call.
+        stride, readout, gene_selection, num_channels, num_gene_draws, smoothing, centered, projected, batch_size, seed,
+            progress: as in `embed_image`; what is not given is as in the model's `config.embedding_defaults`. Also
+            taken by the call.
 
     Raises:
         ValueError: an option that does not exist, or a model of another type.

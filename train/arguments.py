@@ -155,6 +155,13 @@ class ModelArguments:
         default=False,
         metadata={"help": "Keep gene embeddings at their start: a small corpus updates each too rarely to improve it."},
     )
+    projection_size: int = field(
+        default=0,
+        metadata={
+            "help": "Width of a projection of the encoder's outputs for embed_slide, fitted on the slides after the "
+            "training so that what differs between neighbours counts little; 0 = none."
+        },
+    )
     embedding_defaults: dict | str | None = field(
         default=None, metadata={"help": "What embed_slide does when not told: a mapping (JSON on the command line)."}
     )

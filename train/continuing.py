@@ -27,6 +27,7 @@ ARCHITECTURE = (
     "decoder_intermediate_size",
     "sample_unit",
     "position_embedding_type",
+    "projection_size",
 )
 VALUES = ("compaction", "normalization", "target_sum")
 # What may be chosen anew; a parent's choice stands where nothing is given.

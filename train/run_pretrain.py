@@ -37,6 +37,7 @@ from train.checkpoints import checkpoint_step, checkpoint_to_resume, remove_chec
 from train.continuing import Parent, extend_model, load_parent
 from train.model_card import CardFacts, write_card
 from train.preparing import Prepared, gene_vectors, prepare
+from train.projection import fit_projection
 from train.provenance import Progress, card_facts, deciding_arguments, lineage, told_arguments, training_cost
 from train.pushing import check_push, remove_staged
 from train.trainer import PretrainTrainer
@@ -212,6 +213,13 @@ def train(trainer: PretrainTrainer, checkpoint: Path | None) -> None:
         trainer.evaluate()
 
 
+def project(model: STImageMAEForPreTraining, data: Prepared, seed: int) -> None:
+    """Fit the projection of the model's outputs, where it has one."""
+    if model.config.projection_size:
+        projection = fit_projection(model, data.processor, data.images, seed)
+        model.base_model.projection.copy_(torch.from_numpy(projection))
+
+
 def save_results(trainer: PretrainTrainer, probed: bool) -> None:
     """Write everything that tells of the training, and then the model: a folder with a model always has the rest."""
     output = Path(trainer.args.output_dir)
@@ -279,6 +287,8 @@ def pretrain(argv: list[str] | None = None) -> None:
         run=run,
         describe=describe,
     )
+    if trainer.is_fsdp_enabled and model.config.projection_size:
+        raise ValueError("projection_size cannot be used with FSDP, where no process holds the model: leave it out.")
     add_probe(trainer, probe_slides, data.processor, probe)
     if main_process:
         tell_start(data, facts, training, checkpoint)
@@ -286,8 +296,11 @@ def pretrain(argv: list[str] | None = None) -> None:
         if not training.resume:
             remove_checkpoints(output)
         if checkpoint is None:
+            project(model, data, training.seed)
             save_start(output, model, data.processor, [] if parent is None else parent.seen, arguments)
     train(trainer, checkpoint)
+    if main_process:
+        project(trainer.accelerator.unwrap_model(trainer.model), data, training.seed)
     save_results(trainer, probed=bool(probe_slides))
     if main_process:
         logger.warning(f"The model is in {output}.")
