@@ -114,7 +114,9 @@ class Run:
         Raises:
             ValueError: options that do not exist, are out of range, or that the variant cannot give.
         """
-        config = SimpleNamespace(embedding_defaults=self.trained.embedding_defaults, mask_unit=self.trained.mask_unit)
+        config = SimpleNamespace(
+            **{name: getattr(self.trained, name) for name in ("embedding_defaults", "mask_unit", "projection_size")}
+        )
         told = {name: getattr(self.trained, name) for name in ("gene_selection", "num_channels")}
         told |= {name: self.processor[name] for name in told if name in self.processor}
         processor = SimpleNamespace(window_size=self.window_size, **told)

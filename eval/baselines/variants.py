@@ -39,8 +39,8 @@ class Variant:
     Attributes:
         fields: of `train/run_pretrain.py`, as far as they are given. folder: where the model is or will be.
         window_size: of the model. least_windows: how many windows the training draws at least; None where that is told
-            by the slides. num_channels, mask_unit, compaction, gene_selection, sample_unit, embedding_defaults: of the
-            model too.
+            by the slides. num_channels, mask_unit, compaction, gene_selection, sample_unit, projection_size,
+            embedding_defaults: of the model too.
     """
 
     fields: Mapping[str, Any]
@@ -51,6 +51,7 @@ class Variant:
     compaction: str
     gene_selection: str
     sample_unit: str
+    projection_size: int
     embedding_defaults: Mapping[str, Any] | None
     least_windows: int | None
 
@@ -105,6 +106,7 @@ def make_variant(fields: Mapping[str, Any], models: Path) -> Variant:
         compaction=corpus.compaction,
         gene_selection=corpus.gene_selection,
         sample_unit=model.sample_unit,
+        projection_size=model.projection_size,
         embedding_defaults=model.embedding_defaults,
         least_windows=_least_windows(corpus, model, training),
     )
