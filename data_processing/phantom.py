@@ -8,7 +8,7 @@ nested in them. Spots mix cell types at random around their domain's mixture, an
 library size of their own, so that a single spot says little and its surroundings say more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,8 @@ import pandas as pd
 import scipy.sparse as sp
 import typer
 from anndata import AnnData
+
+from modeling_stimg import STPatchProcessor
 
 ARRAYS = ("visium", "square")
 LAYERS = ("layer 1", "layer 2", "layer 3", "layer 4")
@@ -154,6 +156,20 @@ def _torn(down: np.ndarray, right: np.ndarray, num_holes: int, rng: np.random.Ge
     return torn
 
 
+def abundant_genes(model: Path, num_genes: int) -> tuple[str, ...]:
+    """Ids of the genes that hold the largest shares of the counts that a model saw.
+
+    Raises:
+        ValueError: it knows fewer, or not how much there was of them.
+    """
+    vocabulary = STPatchProcessor.from_pretrained(model).vocabulary
+    if vocabulary.share is None or len(vocabulary) < num_genes:
+        told = "no shares of counts" if vocabulary.share is None else f"{len(vocabulary):,} genes"
+        raise ValueError(f"{model} has {told}: expected a model that was trained on at least {num_genes:,} genes.")
+    chosen = np.argsort(-vocabulary.share, kind="stable")[:num_genes]
+    return tuple(vocabulary.gene_ids[i] for i in chosen)
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Folder for the slides; made if missing.")],
     num_slides: Annotated[int, typer.Option(help="Slides to draw.")] = 8,
@@ -163,10 +179,15 @@ def main(
     num_genes: Annotated[int, typer.Option(help="Genes.")] = 800,
     median_counts: Annotated[float, typer.Option(help="Library size of the median spot.")] = 500.0,
     seed: Annotated[int, typer.Option(help="Seed of the tissue; slide i has the seed 1000 * seed + i.")] = 0,
+    genes_of: Annotated[
+        Path | None, typer.Option(help="Folder of a model, after whose most abundant genes the phantom's are called.")
+    ] = None,
 ) -> None:
     """Write phantom slides as phantom_00.h5ad, phantom_01.h5ad, ..."""
     output.mkdir(parents=True, exist_ok=True)
     tissue = PhantomTissue.create(num_genes=num_genes, seed=seed)
+    if genes_of is not None:
+        tissue = replace(tissue, gene_names=abundant_genes(genes_of, num_genes))
     for number in range(num_slides):
         adata = tissue.slide(1000 * seed + number, array, height, width, median_counts)
         path = output / f"phantom_{number:02d}.h5ad"

@@ -90,10 +90,14 @@ def inspect(
 @app.command()
 def embed(
     slide: SlideArgument,
-    model: Annotated[
-        str, typer.Option(help="Folder of a model, or Hub id (ORG/NAME, ORG/NAME@REVISION).", show_default=False)
-    ],
     output: Annotated[Path, typer.Option(help="The .h5ad to write.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a model, or Hub id (ORG/NAME, ORG/NAME@REVISION); default: the one of this checkout.",
+            show_default=False,
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write a map of domains (k-means clusters) as PNG.")] = None,
     num_domains: Annotated[int, typer.Option(help="Domains on the map.", min=2)] = 7,
     readout: Annotated[str | None, typer.Option(help="spot, context or both.")] = None,

@@ -28,6 +28,10 @@ _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 KINDS = {"model": ("model", ""), "corpus": ("dataset", "datasets/")}
 
 
+# Of this checkout; an installed package has none.
+PUBLISHED = Path(__file__).parents[1] / "model_cards" / "stimg-mae-16x16x512"
+
+
 @dataclass(frozen=True)
 class Found:
     """A model or a corpus on this machine.
@@ -46,11 +50,12 @@ class Found:
         return None if self.commit is None else f"{self.name}@{self.commit}"
 
 
-def find_model(given: str, revision: str | None = None, weights: bool = True) -> Found:
+def find_model(given: str | None, revision: str | None = None, weights: bool = True) -> Found:
     """The model of a folder, or of the Hub, whose files are downloaded into the cache where they are not in it yet.
 
     Args:
-        given: a folder, `ORG/NAME`, or `ORG/NAME@REVISION` with a branch, a tag or a commit id.
+        given: a folder, `ORG/NAME`, or `ORG/NAME@REVISION` with a branch, a tag or a commit id; None: the model that
+            is published in this checkout.
         revision: the same, given apart. weights: whether they are needed.
 
     Raises:
@@ -58,6 +63,15 @@ def find_model(given: str, revision: str | None = None, weights: bool = True) ->
         ValueError: a revision of a folder, or two of them; a model of another type, or damaged weights.
         OSError: the Hub cannot be reached, or refuses the token.
     """
+    if given is None:
+        if not (PUBLISHED / PROCESSOR_FILE).exists():
+            raise ValueError(
+                "No model is given, and this is no checkout with a published one: name a folder or a Hub id "
+                "(ORG/NAME, ORG/NAME@REVISION)."
+            )
+        if revision is not None:
+            raise ValueError(f"The revision {revision!r} is given without a model: only a Hub model has revisions.")
+        given = str(PUBLISHED)
     found = find_files(given, FILES + WEIGHTS if weights else FILES, revision)
     _check(found.folder, given, weights)
     return found

@@ -17,6 +17,7 @@ from modeling_stimg import (
     STImageMAEModel,
     STPatchProcessor,
     embed_slide,
+    hub,
     plot_domains,
     read_slide,
 )
@@ -216,3 +217,15 @@ def test_maps_are_drawn_for_classes_numbers_and_missing_labels(slides: dict[str,
         assert texts == (["a", "no label"] if kind == "missing" else sorted(set(values)))
     save_figure(ax.figure, tmp_path / "map.png")
     assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
+
+
+def test_without_a_model_the_one_of_the_checkout_is_taken(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(hub, "PUBLISHED", checkpoint)
+    assert hub.find_model(None).folder == checkpoint
+    with pytest.raises(ValueError, match="'v1' is given without a model"):
+        hub.find_model(None, "v1")
+    monkeypatch.setattr(hub, "PUBLISHED", tmp_path)
+    with pytest.raises(ValueError, match="no checkout with a published one"):
+        hub.find_model(None)

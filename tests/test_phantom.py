@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_processing.phantom import DOMAINS, PhantomTissue
-from modeling_stimg import read_slide
+from data_processing.phantom import DOMAINS, PhantomTissue, main
+from modeling_stimg import STPatchProcessor, read_slide
 from modeling_stimg.compaction_stimg import compact, is_staggered
 
 
@@ -65,3 +65,17 @@ def test_bad_options_get_one_clear_sentence(tissue: PhantomTissue):
         tissue.slide(0, array="round")
     with pytest.raises(ValueError, match="at least 4 x 4"):
         tissue.slide(0, height=3)
+
+
+def test_phantoms_are_called_after_the_most_abundant_genes_of_a_model(small_model: Path, tmp_path: Path):
+    vocabulary = STPatchProcessor.from_pretrained(small_model).vocabulary
+    main(tmp_path, num_slides=1, height=8, width=8, num_genes=60, genes_of=small_model)
+    slide = read_slide(tmp_path / "phantom_00.h5ad")
+    chosen = vocabulary.encode(list(slide.var_names))
+    assert len(set(chosen)) == 60
+    assert vocabulary.share[chosen].min() >= np.delete(vocabulary.share, chosen).max()
+
+
+def test_a_model_with_too_few_genes_names_no_phantoms(small_model: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="at least 10,000 genes"):
+        main(tmp_path, num_slides=1, num_genes=10_000, genes_of=small_model)
