@@ -25,7 +25,7 @@ from data_processing.open_corpus import Corpus, find_corpus
 from model_cards import fingerprint as fingerprints
 from model_cards.card import make_card
 from model_cards.fingerprint import TOLERANCE, compare_with_fingerprint, embed_in_fresh_process
-from model_cards.gather import gather
+from model_cards.gather import gather, halve_gene_embeddings
 from model_cards.publish import command_line
 from modeling_stimg import GeneVocabulary, STImageMAEModel, STPatchProcessor
 
@@ -546,3 +546,19 @@ def test_a_folder_that_is_neither_is_refused(tmp_path: Path, capsys):
     assert "holds no corpus.json" in capsys.readouterr().err
     assert command_line([str(tmp_path / "nowhere"), "--repo", REPO]) == 2
     assert "There is no folder" in capsys.readouterr().err
+
+
+def test_halved_gene_embeddings_are_loaded_as_they_were_but_for_their_rounding(small_model: Path, tmp_path: Path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((small_model / name).read_bytes())
+    halve_gene_embeddings(tmp_path / "model.safetensors")
+    before, after = (STImageMAEModel.from_pretrained(folder).state_dict() for folder in (small_model, tmp_path))
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.float32
+        if name == "embeddings.gene_embeddings.weight":
+            assert torch.equal(after[name], tensor.half().float())
+            assert not torch.equal(after[name], tensor)
+        else:
+            assert torch.equal(after[name], tensor)
+    saved = (small_model / "model.safetensors").stat().st_size - (tmp_path / "model.safetensors").stat().st_size
+    assert saved == pytest.approx(2 * before["embeddings.gene_embeddings.weight"].numel(), abs=100)
