@@ -23,8 +23,9 @@ from .genes_stimg import GeneVocabulary
 
 PANEL = "panel"
 PANEL_TOTAL = 1e4
-# Non-zeros that are worked on at once while a slide becomes an image: about 110 bytes of temporaries each.
-BLOCK_ENTRIES = 1 << 22
+# Non-zeros that are worked on at once while a slide becomes an image: about 110 bytes of temporaries each, in arrays so
+# small that the C library reuses them. Larger ones are mapped and zeroed anew in each step, which takes twice the time.
+BLOCK_ENTRIES = 1 << 18
 
 
 def check_counts(values: np.ndarray) -> None:
