@@ -53,7 +53,7 @@ def domain_maps(plan: Plan, methods: Sequence[Method], seed: int) -> dict[str, A
     Returns:
         {"slide", "positions" (n, 2), "pitch", "classes", "maps": {title: (n,) names}}, plain values.
     """
-    slide = max(plan.slides.values(), key=lambda slide: len(slide.codes))
+    slide = max((plan.slides[name] for name in plan.within), key=lambda slide: len(slide.codes))
     positions, pitch = grid_positions(slide.adata)
     chosen = [(method, 0) for method in methods if method.smoothed]
     chosen += [(method, SMOOTHED_MAP[1]) for method in methods if method.name == SMOOTHED_MAP[0]]

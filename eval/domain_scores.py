@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -95,7 +95,8 @@ class Plan:
     """All splits of one set, made before any feature is computed.
 
     Attributes:
-        name: of the set. slides: by name. within: by slide, by kind of split. across: one a slide that can be tested.
+        name: of the set. slides: by name. within: by slide that is tested, by kind of split. across: one a slide that
+            can be tested.
         same_spots: pairs of sections that share spots. notes: what a reader has to know, a sentence each.
     """
 
@@ -121,14 +122,18 @@ class Plan:
         return {"slides": slides, "across_slides": across, "same_spots": self.same_spots, "notes": self.notes}
 
 
-def plan_set(evaluation_set: EvaluationSet, protocol: Protocol) -> Plan:
+def plan_set(evaluation_set: EvaluationSet, protocol: Protocol, tested: Collection[str] = ()) -> Plan:
     """The splits of a set.
+
+    Args:
+        tested: slides to score on, all where none is named; the others only train, where slides are told apart.
 
     Raises:
         ValueError: a slide that cannot be split; the sentence names it.
     """
     slides = evaluation_set.slides
-    within = {name: _splits_within(slide, protocol) for name, slide in slides.items()}
+    chosen = [name for name in slides if not tested or name in tested]
+    within = {name: _splits_within(slides[name], protocol) for name in chosen}
     same_spots, unknown = _same_spots(slides)
     notes = [f"{a} and {b} share spots: they are one piece of evidence rather than two." for a, b in same_spots]
     notes += [
@@ -138,10 +143,10 @@ def plan_set(evaluation_set: EvaluationSet, protocol: Protocol) -> Plan:
     across: list[AcrossSlides] = []
     if "slides" in protocol.splits:
         patients = {name: slide.patient for name, slide in slides.items()}
-        chosen = transfers(patients, {frozenset(pair) for pair in same_spots})
-        for name in slides.keys() - {transfer.test for transfer in chosen}:
+        possible = transfers(patients, {frozenset(pair) for pair in same_spots})
+        for name in [name for name in chosen if name not in {transfer.test for transfer in possible}]:
             notes.append(f"{name}: no other slide of {evaluation_set.name} to train on, so no split across slides.")
-        for transfer in chosen:
+        for transfer in [transfer for transfer in possible if transfer.test in chosen]:
             found, sentences = _splits_across(transfer, slides, protocol)
             across += found
             notes += sentences
@@ -230,18 +235,19 @@ def _same_spots(slides: dict[str, EvaluationSlide]) -> tuple[Pairs, Pairs]:
 def _num_cells(plan: Plan, method: Method, protocol: Protocol) -> int:
     num_kinds = sum(len(kinds) for kinds in plan.within.values()) + len(plan.across)
     probes = sum(len(protocol.probes_at(radius)) for radius in protocol.radii(method))
-    return num_kinds * probes + len(plan.slides) * len(protocol.clusterings) * len(protocol.radii(method))
+    return num_kinds * probes + len(plan.within) * len(protocol.clusterings) * len(protocol.radii(method))
 
 
 def _cells(plan: Plan, method: Method, protocol: Protocol, log: ScoreLog) -> Iterator[dict[str, Any]]:
-    for name, slide in plan.slides.items():
+    for name, splits_of_kinds in plan.within.items():
+        slide = plan.slides[name]
         features = method.within(slide)
         about = {"set": plan.name, "slide": name, "features": method.name}
         seen = method.seen(slide)
         about |= {} if seen is None else {"seen": seen}
         for radius in protocol.radii(method):
             means = smoothed(features, slide, radius)
-            for kind, splits in plan.within[name].items():
+            for kind, splits in splits_of_kinds.items():
                 for probe in protocol.probes_at(radius):
                     scores = _probe_scores(probe, means, slide.codes, splits, protocol, log)
                     yield {**about, "split": kind, "smoothing": radius, "probe": probe, **scores}

@@ -15,7 +15,7 @@ Embeddings and scores are kept there, too: the same command goes on where it was
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from eval.domain_figures import write_figures
 from eval.domain_report import results_table
 from eval.domain_scores import SPLITS, Plan, Protocol, plan_set, score_all
 from eval.embedders import GENE_TOKENS, Embedder, EncoderEmbedder, load_embedders, load_gene_token_embedders
-from eval.evaluation_sets import UNLABELLED, load_sets, paths_of_sets
+from eval.evaluation_sets import UNLABELLED, EvaluationSet, load_sets, paths_of_sets
 from eval.features import Method, baseline_methods, embedder_methods
 from eval.probes import PROBES
 from eval.results import run_metadata, write_results
@@ -72,6 +72,13 @@ class DomainDetectionArguments:
     )
     exclude: list[str] = field(
         default_factory=list, metadata={"help": "Slides to leave out of all sets, by file name without suffix."}
+    )
+    test_slides: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Score on these slides alone; the others of their sets only train, of the split slides. "
+            "Default: all."
+        },
     )
     label_key: str = field(default="label", metadata={"help": "Column of obs with the domains."})
     unlabelled: list[str] = field(
@@ -171,6 +178,17 @@ def wanted_rows(methods: list[Method], names: list[str]) -> list[Method]:
     return [method for method in methods if not names or method.name in names]
 
 
+def check_tested(sets: Sequence[EvaluationSet], tested: Sequence[str]) -> None:
+    """ValueError for slides to test on that are not there, and for sets without any."""
+    there = [name for one in sets for name in one.slides]
+    unknown = sorted(set(tested) - set(there))
+    if unknown:
+        raise ValueError(f"There are no slides {unknown} to test on: expected any of {there}.")
+    left = [one.name for one in sets if tested and not set(tested) & set(one.slides)]
+    if left:
+        raise ValueError(f"No slide to test on is of the set {left[0]}: leave it out, or name one of its slides.")
+
+
 def metadata_of(
     arguments: DomainDetectionArguments,
     found: Mapping[str, Found],
@@ -213,7 +231,8 @@ def main(argv: list[str] | None = None) -> None:
     given = named_models(arguments)
     chosen = paths_of_sets(arguments.sets, arguments.slides, arguments.exclude)
     sets = load_sets(chosen, arguments.label_key, arguments.unlabelled)
-    plans = [plan_set(evaluation_set, protocol) for evaluation_set in sets]
+    check_tested(sets, arguments.test_slides)
+    plans = [plan_set(evaluation_set, protocol, arguments.test_slides) for evaluation_set in sets]
     models = [(name, find_model(where)) for name, where in given]
     folders = [(name, model.folder) for name, model in models]
     embedders: list[Embedder] = list(load_embedders(folders, arguments.readout, arguments.device, arguments.seed))

@@ -390,6 +390,7 @@ def test_slides_of_other_genes_stay_in_the_table_but_do_not_train_each_other(tis
         (["--train_share", "0.05"], "a: 8 spots train, fewer than the k-NN probe's 10 neighbours"),
         (["--exclude", "c"], r"Excluded slides \['c'\] are not among"),
         (["--exclude", "a", "b"], "All slides are excluded"),
+        (["--test_slides", "c"], r"no slides \['c'\] to test on: expected any of \['a', 'b'\]"),
     ],
 )
 def test_bad_input_is_said_in_one_sentence(folder: Path, tmp_path: Path, options: list[str], message: str):
@@ -406,6 +407,13 @@ def test_rows_by_name(results: dict, folder: Path, tmp_path: Path):
     assert [record for record in found if record not in results["records"]] == []
     with pytest.raises(ValueError, match=r"no rows \['rew'\]: expected any of \['raw', 'PCA', 'coordinates only'"):
         evaluate(None, folder, tmp_path / "out", *options, "--rows", "rew")
+
+
+def test_slides_that_are_not_tested_still_train(results: dict, folder: Path, tmp_path: Path):
+    options = ("--probes", "knn", "--clusterings", "none", *NO_FIGURES)
+    found = evaluate(None, folder, tmp_path / "out", *options, "--test_slides", "b")["records"]
+    assert {(record["slide"], record["split"]) for record in found} == {("b", s) for s in ("spots", "blocks", "slides")}
+    assert [record for record in found if record not in results["records"]] == []
 
 
 def test_nothing_to_evaluate_and_models_of_one_name_are_refused(folder: Path, checkpoint: Path, tmp_path: Path):
