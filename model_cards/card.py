@@ -38,6 +38,7 @@ from model_cards.training_slides import describe_training_slides
 from train.model_card import TAGS, CardFacts, describe_model, describe_pipeline
 
 # Of `pretraining.json`, but no field of the training script.
+_FIELDS = ("repo", "licence", "row", "datasets", "watts", "corpus_command")
 COUNTED = ("num_windows", "num_spots_seen", "steps_done")
 
 
@@ -181,9 +182,14 @@ def _again(folder: ModelFolder) -> str:
     if arguments.get("num_windows") and arguments.get("max_steps", 0) > 0:
         # In one process: how a step's windows are spread over processes does not matter.
         fields["per_device_train_batch_size"] = arguments["num_windows"] // arguments["max_steps"]
-    commands = [shlex.join(["python", *metadata["command"]])] if metadata.get("command") else []
-    if folder.regions is not None and folder.regions[1].get("command"):
-        commands.append(shlex.join(["python", *folder.regions[1]["command"]]))
+    name = folder.options.repo.split("/")[-1]
+    before = [] if folder.options.corpus_command is None else [folder.options.corpus_command]
+    training = "accelerate launch train/run_pretrain.py --config config.yaml --corpus corpus --output_dir runs/model"
+    half = " --half" if folder.is_halved else ""
+    commands = [*before, training, f"python model_cards/gather.py runs/model model_cards/{name}{half}"]
+    measured = (folder.results, folder.regions, folder.throughput)
+    commands += [shlex.join(["python", *one[1]["command"]]) for one in measured if one and one[1].get("command")]
+    commands.append(f"python model_cards/card.py model_cards/{name} --results ... # and what else was measured")
     curve = ""
     if (folder.path / "loss.png").exists():
         curve = "\n![Training loss by step](loss.png)\n"
@@ -192,7 +198,6 @@ def _again(folder: ModelFolder) -> str:
     return (
         f"## Making it again\n\nWith the package `stimg`{at}; the training slides in a corpus or as files, and "
         f"`config.yaml`:\n\n```yaml\n{yaml.safe_dump(fields, sort_keys=False)}```\n\n```bash\n"
-        "accelerate launch train/run_pretrain.py --config config.yaml --corpus corpus --output_dir runs/model\n"
         + "".join(f"{command}\n" for command in commands)
         + f"```\n{curve}\nEvery number of this card is from `{RESULTS_FILE}`, `pretraining.json` and the other files "
         "beside it.\n"
@@ -213,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--licence", help="Of the weights, an identifier of the Hub; default: apache-2.0.")
     parser.add_argument("--row", help="Of the model in the results; default: stimg.")
     parser.add_argument("--datasets", nargs="*", help="Ids on the Hub of the corpora; default: the one trained on.")
+    parser.add_argument("--corpus_command", help="That made the corpus, to be told in the card.")
     parser.add_argument("--watts", type=float, help="Power of everything that the training ran on, in W.")
     arguments = parser.parse_args(argv)
     make_card(arguments.folder, vars(arguments))
@@ -237,7 +243,7 @@ def make_card(path: Path, given: dict[str, Any]) -> None:
     for key, name in (("results", RESULTS_FILE), ("regions", REGIONS_FILE), ("throughput", THROUGHPUT_FILE)):
         if given.get(key) is not None:
             put(name, Path(given[key]).read_bytes())
-    fields = {k: given[k] for k in ("repo", "licence", "row", "datasets", "watts") if given.get(k) is not None}
+    fields = {k: given[k] for k in _FIELDS if given.get(k) is not None}
     try:
         target = path / OPTIONS_FILE
         before.setdefault(target, target.read_bytes() if target.exists() else None)

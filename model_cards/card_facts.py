@@ -18,7 +18,7 @@ from modeling_stimg import STImageMAEConfig, STPatchProcessor
 
 RESULTS_FILE, REGIONS_FILE, THROUGHPUT_FILE = "results.json", "regions.json", "throughput.json"
 OPTIONS_FILE = "card.json"
-TRAINED = "stimg"
+TRAINED, UNTRAINED = "stimg", "untrained"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class CardOptions:
         repo: ORG/NAME on the Hub. licence: of the weights, an identifier of the Hub.
         row: of the model in `results.json`. datasets: on the Hub, of the training slides.
         watts: power of everything that the training ran on, in W; None: not known.
+        corpus_command: that made the corpus; None: not told.
     """
 
     repo: str
@@ -36,6 +37,7 @@ class CardOptions:
     row: str = TRAINED
     datasets: tuple[str, ...] = ()
     watts: float | None = None
+    corpus_command: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class ModelFolder:
         """Numbers in the weights, decoder included."""
         with safe_open(self.path / "model.safetensors", "np") as file:
             return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict
+
+    @cached_property
+    def is_halved(self) -> bool:
+        """Whether gene embeddings are in float16, as `gather.py --half` writes them."""
+        with safe_open(self.path / "model.safetensors", "np") as file:
+            return any(file.get_slice(name).get_dtype() == "F16" for name in file.keys())  # noqa: SIM118 - no dict
 
     @cached_property
     def pretraining(self) -> dict[str, Any]:
@@ -107,9 +115,10 @@ class ModelFolder:
 
     @cached_property
     def simple(self) -> list[Record]:
-        """The records of features without training: simple ones, and models before it."""
+        """The records of features without training: simple ones, and models before it, whose names say so."""
         records, metadata = self.results
-        trained = {name + end for name in (*metadata.get("models", {}), self.options.row) for end in ("", BY_DEFAULT)}
+        models = [name for name in metadata.get("models", {}) if not name.startswith(UNTRAINED)]
+        trained = {name + end for name in (*models, self.options.row) for end in ("", BY_DEFAULT)}
         return [record for record in records if record["features"] not in trained]
 
     @cached_property

@@ -230,6 +230,15 @@ def test_the_card_tells_what_was_seen_whom_to_cite_and_what_it_cost(folder: Path
     assert "![Training loss by step](loss.png)" in text
 
 
+def test_every_step_to_the_model_has_its_command(folder: Path):
+    make_card(folder, {"corpus_command": "python data_processing/build_corpus.py --slides slides --output corpus"})
+    steps = section((folder / "README.md").read_text(), "Making it again", "Every number").split("```bash\n")[1]
+    scripts = [line.split(".py")[0].split()[-1] for line in steps.splitlines() if ".py" in line]
+    assert scripts[:3] == ["data_processing/build_corpus", "train/run_pretrain", "model_cards/gather"]
+    assert scripts[-1] == "model_cards/card"
+    assert "--half" not in steps
+
+
 def test_an_unknown_cost_is_said_to_be_unknown(folder: Path):
     save_pretraining(folder, SLIDES, ARGUMENTS)
     make_card(folder, {})
