@@ -5,12 +5,14 @@
     python eval/run_throughput.py corpus --output-dir runs/corpus_throughput
     python eval/run_throughput.py training --output-dir runs/training_throughput
     python eval/run_throughput.py training-memory --output-dir runs/training_memory
+    python eval/run_throughput.py embedding '$STIMG_DATA/slides/*.h5ad' --output-dir runs/embedding_throughput
 
 `windows` times the sampler on one core, as a multiple of one weighted `np.bincount` over the same windows' non-zeros,
 beside the textbook's dense way, and on a GPU where there is one. `memory` embeds a phantom slide of half a million bins
 and tells the peak of anonymous memory. `corpus` builds a phantom corpus of a million spots and draws windows from it
 as a loader worker does. `training` times a step beside ViTMAE's and the wait for windows, `training-memory` tells what
-a step takes. All write `results.json` and `table.md`.
+a step takes. `embedding` times slides from file to file with a model's own defaults. All write `results.json` and
+`table.md`.
 """
 
 import sys
@@ -22,11 +24,13 @@ import torch
 import typer
 
 from data_processing.corpus import find_slides, read_slides, slide_images, vocabulary_of
+from eval.embedding_throughput import measure_embedding
 from eval.results import markdown_table, run_metadata, write_results
 from eval.throughput import measure_memory, measure_resident, measure_windows, one_core
-from modeling_stimg import STPatchProcessor
+from modeling_stimg import STImageMAEModel, STPatchProcessor
 from modeling_stimg.configuration_stimg import MASK_UNITS
-from modeling_stimg.host import keep_freed_memory
+from modeling_stimg.host import keep_freed_memory, multiplies_bfloat16
+from modeling_stimg.hub import find_model
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -91,6 +95,42 @@ def windows(
     text = "\n".join(table) + "\n"
     metadata = run_metadata(seed, slides=[r["slide"] for r in records], batch_size=batch_size, **options)
     write_results(output_dir, [*records, *resident], metadata, text)
+    print(text)
+
+
+@app.command()
+def embedding(
+    slides: Annotated[list[str], typer.Argument(help="Slides: files or globs; $VARIABLES are expanded.")],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; default: the model of this checkout.")] = None,
+    output_dir: OutputOption = Path("runs/embedding_throughput"),
+    threads: Annotated[int, typer.Option(help="Threads of a CPU.", min=1)] = 2,
+    device: Annotated[str | None, typer.Option(help="Where to embed, e.g. cuda.")] = None,
+) -> None:
+    """Spots a second from a slide's file to a file with its embedding, as the model embeds by default."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    found = find_model(model)
+    network, processor = (cls.from_pretrained(found.folder) for cls in (STImageMAEModel, STPatchProcessor))
+    records = measure_embedding(find_slides(slides), network, processor, device)
+    spots, parts = sum(r["spots"] for r in records), ("read_seconds", "embed_seconds", "write_seconds")
+    seconds = [sum(r[part] for r in records) for part in parts]
+    summary = {"slide": "all", "spots": spots, "genes": "", **dict(zip(parts, seconds, strict=True))}
+    summary["spots_per_second"] = spots / sum(seconds)
+    rows = [
+        [r["slide"], f"{r['spots']:,}", *(f"{r[part]:.2f} s" for part in parts), f"{r['spots_per_second']:,.0f}"]
+        for r in (*records, summary)
+    ]
+    bfloat16 = "has" if multiplies_bfloat16() else "has no"
+    text = "\n".join(
+        [
+            f"{found.name}, as it embeds by default, in {str(network.dtype).split('.')[-1]} with {threads} threads; "
+            f"this CPU {bfloat16} instructions for bfloat16. Imports and loading of the model are not counted.",
+            "",
+            *markdown_table(["slide", "spots", "read", "embed", "write", "spots/s"], rows),
+        ]
+    )
+    metadata = run_metadata(0, model=found.name, threads=threads, slides=[r["slide"] for r in records])
+    write_results(output_dir, [*records, summary], metadata, text + "\n")
     print(text)
 
 

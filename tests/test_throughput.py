@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from eval.run_throughput import app
 from eval.throughput import PeakMemory, binned_phantom, textbook_window, window_non_zeros
 from eval.training_throughput import VIT_MAE, StepSizes, build_model, full_windows, step_multiplications
 from modeling_stimg import STPatchProcessor
@@ -108,6 +110,21 @@ def test_half_a_million_bins_are_embedded_in_6_gb(tmp_path: Path):
 
 
 TINY = ("--window-size", 4, "--num-channels", 16, "--num-genes", 60, "--hidden-size", 64, "--num-layers", 1)
+
+
+def test_embedding_benchmark_runs_from_the_command_line(slides, checkpoint: Path, tmp_path: Path):
+    for name, slide in slides.items():
+        slide.write_h5ad(tmp_path / f"{name}.h5ad")
+    output = tmp_path / "out"
+    command = ["embedding", str(tmp_path / "*.h5ad"), "--model", str(checkpoint), "--output-dir", str(output)]
+    threads = torch.get_num_threads()
+    app([*command, "--threads", str(threads)], standalone_mode=False)
+    *records, total = json.loads((output / "results.json").read_text())["records"]
+    assert {r["slide"]: r["spots"] for r in records} == {name: slide.n_obs for name, slide in slides.items()}
+    assert total["spots"] == sum(r["spots"] for r in records)
+    seconds = sum(total[part] for part in ("read_seconds", "embed_seconds", "write_seconds"))
+    assert total["spots_per_second"] == pytest.approx(total["spots"] / seconds)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", *[".h5ad"] * len(slides)]
 
 
 def test_training_benchmark_runs_from_the_command_line(tmp_path: Path):
