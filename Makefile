@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PUBLISHED := model_cards/stimg-mae-16x16x512
 
 .PHONY: demo test test-transformers lint clean
 
@@ -15,8 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 		--editable '.[plot,data,train,eval,dev]'
 	touch $@
 
-# Phantom tissue -> pretraining -> embeddings of slides the model has not seen -> probe table with all baselines; then
-# the published model, on a phantom that is called after genes it knows.
+# Phantom tissue -> pretraining -> embeddings of slides the model has not seen -> probe table with all baselines.
 demo: $(STAMP)
 	rm -rf demo
 	$(BIN)/python data_processing/phantom.py --output demo/slides --num-slides 8
@@ -27,8 +25,6 @@ demo: $(STAMP)
 		--max_train_spots 400
 	$(BIN)/stimg embed demo/slides/phantom_06.h5ad --model demo/model --output demo/phantom_06.h5ad \
 		--plot demo/phantom_06.png --num-domains 6
-	$(BIN)/python data_processing/phantom.py --output demo/human --num-slides 1 --genes-of $(PUBLISHED)
-	$(BIN)/stimg embed demo/human/phantom_00.h5ad --output demo/published.h5ad --plot demo/published.png --num-domains 6
 	@echo "The table is demo/table.md, the figures are demo/maps_slides.png, demo/ari.png and demo/smoothing.png."
 
 # A file a process: fixtures are shared within a file. A thread each, so that processes do not wait for each other.
