@@ -450,8 +450,8 @@ def test_windows_to_read_are_those_that_the_encoder_gets(report: Path, grid: Pat
             GRID.with_name("recipe.yaml"),
             "seed, untrained, position, normalization, start of gene embeddings, reconstruction, target smoothing, "
             "mask unit, mask ratio, readout, genes at inference, centered, smoothing, stride, learning rate, budget, "
-            "depth, window size",
-            {75_000, 150_000, 300_000, 600_000},
+            "depth, window size, projection, width, dropout",
+            {150_000, 300_000, 600_000},
         ),
     ],
     ids=["ablation", "recipe"],
