@@ -73,7 +73,7 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
     radii = options["smoothing"]
     if not isinstance(radii, int | np.integer):
         options["smoothing"] = radii = list(radii)
-    if radii == [] or min(radii if isinstance(radii, list) else [radii]) < 0:
+    if min(radii if isinstance(radii, list) else [radii], default=-1) < 0:
         raise ValueError(f"smoothing is {radii}: expected a radius in sites, from 0, or several.")
     options["projected"] = _is_projected(model.config, options)
     if options["stride"] > processor.window_size:
@@ -86,11 +86,11 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
 
 def _is_projected(config: Any, options: dict[str, Any]) -> bool:
     """Whether outputs are projected: when not told, where the model has a projection for what is read."""
-    fitted = getattr(config, "projection_size", 0) > 0 and options["readout"] == "spot"
+    fitted = config.projection_size > 0 and options["readout"] == "spot"
     if options["projected"] and not fitted:
         raise ValueError(
             f'projected is True with the readout "{options["readout"]}" and a projection_size of '
-            f'{getattr(config, "projection_size", 0)}: expected "spot", and a model that was trained with a projection.'
+            f'{config.projection_size}: expected "spot", and a model that was trained with a projection.'
         )
     return fitted if options["projected"] is None else options["projected"]
 

@@ -129,7 +129,8 @@ def probe_ari(model: Any, processor: STPatchProcessor, slides: Sequence[ProbeSli
 
     values = []
     for slide in slides:
-        features = model.embed(slide.image, processor)[slide.image.spot_of_obs]
+        # A projection is fitted when the training is over.
+        features = model.embed(slide.image, processor, projected=False)[slide.image.spot_of_obs]
         for train, test in slide.splits:
             probe = KNeighborsClassifier(NUM_NEIGHBOURS).fit(features[train], slide.labels[train])
             values.append(adjusted_rand_score(slide.labels[test], probe.predict(features[test])))

@@ -58,6 +58,7 @@ class GeneTokenConfig(PreTrainedConfig):
     # What the Trainer, `embed_image` and the layers ask of a model; there is no other choice here, and no position.
     mask_unit: str = "entry"
     position_embedding_type: str = "window"
+    projection_size: int = 0
     sample_unit: str = "spot"
 
     def __post_init__(self, **kwargs: Any) -> None:
