@@ -12,7 +12,9 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +186,18 @@ def _again(folder: ModelFolder) -> str:
         fields["per_device_train_batch_size"] = arguments["num_windows"] // arguments["max_steps"]
     name = folder.options.repo.split("/")[-1]
     before = [] if folder.options.corpus_command is None else [folder.options.corpus_command]
-    training = "accelerate launch train/run_pretrain.py --config config.yaml --corpus corpus --output_dir runs/model"
+    corpus = _option(shlex.split(" ".join(before)), "--output") or "corpus"
+    training = f"accelerate launch train/run_pretrain.py --config config.yaml --corpus {corpus} --output_dir runs/model"
     half = " --half" if folder.is_halved else ""
     commands = [*before, training, f"python model_cards/gather.py runs/model model_cards/{name}{half}"]
-    measured = (folder.results, folder.regions, folder.throughput)
-    commands += [shlex.join(["python", *one[1]["command"]]) for one in measured if one and one[1].get("command")]
-    commands.append(f"python model_cards/card.py model_cards/{name} --results ... # and what else was measured")
+    measured = {"--results": folder.results, "--regions": folder.regions, "--throughput": folder.throughput}
+    written = []
+    for option, results in measured.items():
+        command = [] if results is None else results[1].get("command", [])
+        commands += [shlex.join(["python", *command])] if command else []
+        if results is not None:
+            written += [option, f"{_option(command, '--output_dir') or f'runs/{option[2:]}'}/results.json"]
+    commands.append(shlex.join(["python", "model_cards/card.py", f"model_cards/{name}", *written, *_told(folder)]))
     curve = ""
     if (folder.path / "loss.png").exists():
         curve = "\n![Training loss by step](loss.png)\n"
@@ -202,6 +210,23 @@ def _again(folder: ModelFolder) -> str:
         + f"```\n{curve}\nEvery number of this card is from `{RESULTS_FILE}`, `pretraining.json` and the other files "
         "beside it.\n"
     )
+
+
+def _told(folder: ModelFolder) -> list[str]:
+    """The options of this script that `card.json` keeps, where they are not the default ones."""
+    options, words = folder.options, []
+    for field in dataclass_fields(CardOptions):
+        value = getattr(options, field.name)
+        if value != field.default:
+            words += [f"--{field.name}", *([str(v) for v in value] if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def _option(command: Sequence[str], name: str) -> str | None:
+    """The value of an option in the words of a command, `--name value` or `--name=value`; the last one, if any."""
+    words = [part for word in command for part in (word.split("=", 1) if word.startswith(f"{name}=") else [word])]
+    found = [value for word, value in pairwise(words) if word == name]
+    return found[-1] if found else None
 
 
 def _joined(lines: Sequence[str]) -> str:

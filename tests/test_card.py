@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -235,8 +236,24 @@ def test_every_step_to_the_model_has_its_command(folder: Path):
     steps = section((folder / "README.md").read_text(), "Making it again", "Every number").split("```bash\n")[1]
     scripts = [line.split(".py")[0].split()[-1] for line in steps.splitlines() if ".py" in line]
     assert scripts[:3] == ["data_processing/build_corpus", "train/run_pretrain", "model_cards/gather"]
-    assert scripts[-1] == "model_cards/card"
+    assert "train/run_pretrain.py --config config.yaml --corpus corpus " in steps
     assert "--half" not in steps
+
+
+def test_the_last_command_of_a_card_writes_that_card(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_card(folder, {"corpus_command": "python build_corpus.py --slides '$DATA/slides' --output corpus"})
+    card = (folder / "README.md").read_text()
+    command = shlex.split(card.split("```bash\n")[-1].split("```")[0].splitlines()[-1])
+    assert command[:3] == ["python", "model_cards/card.py", "model_cards/tiny"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, command[2], ignore=shutil.ignore_patterns("README.md", "card.json", "*results.json"))
+    for option, name in (("--results", "results"), ("--regions", "regions"), ("--throughput", "throughput")):
+        told = Path(command[command.index(option) + 1])
+        told.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / f"{name}.json", told)
+        (Path(command[2]) / f"{name}.json").unlink(missing_ok=True)
+    main(command[2:])
+    assert (Path(command[2]) / "README.md").read_text() == card
 
 
 def test_an_unknown_cost_is_said_to_be_unknown(folder: Path):
