@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from functools import cache
 from typing import TypeVar
 
 import torch
-from threadpoolctl import ThreadpoolController
+
+from modeling_stimg.clustering import one_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@cache
-def _controller() -> ThreadpoolController:
-    """Of the libraries that are loaded; looking for them takes longer than a small probe."""
-    import sklearn.cluster  # noqa: F401 - which brings its own OpenMP
-
-    return ThreadpoolController()
-
-
-def one_thread() -> AbstractContextManager:
-    """A context in which NumPy, SciPy and scikit-learn use a single thread."""
-    return _controller().limit(limits=1)
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -18,6 +18,8 @@ from .processing_stimg import STPatchProcessor
 from .slide_image_stimg import SlideImage
 
 if TYPE_CHECKING:
+    from . import pl
+    from .domains import find_domains
     from .embedding import embed_slide, reconstruct_region
     from .plotting import plot_domains
     from .slides import read_slide
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "read_slide": "slides",
     "embed_slide": "embedding",
+    "find_domains": "domains",
     "reconstruct_region": "embedding",
     "plot_domains": "plotting",
 }
@@ -50,13 +53,15 @@ except ImportError as error:  # no Pillow
 
 
 def __getattr__(name: str) -> Any:
+    if name == "pl":
+        return import_module(".pl", __name__)
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *_LAZY, "pl"})
 
 
 __all__ = [
@@ -68,6 +73,8 @@ __all__ = [
     "STPatchProcessor",
     "SlideImage",
     "embed_slide",
+    "find_domains",
+    "pl",
     "plot_domains",
     "read_slide",
     "reconstruct_region",

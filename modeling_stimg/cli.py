@@ -119,8 +119,9 @@ def embed(
     """Write a copy of SLIDE with an embedding of every spot in obsm["X_stimg"]."""
     import torch
 
-    from .embedding import KEY_ADDED, embed_slide
+    from .embedding import embed_slide
     from .hub import find_model
+    from .keys import EMBEDDING
     from .modeling_stimg import STImageMAEModel
     from .plotting import check_figure_path, plot_domains, save_figure
     from .processing_stimg import STPatchProcessor
@@ -157,7 +158,7 @@ def embed(
         seed=seed,
     )
     if plot is not None:
-        adata.obs["stimg_domain"] = _clusters(adata.obsm[KEY_ADDED], num_domains, seed)
+        adata.obs["stimg_domain"] = _clusters(adata.obsm[EMBEDDING], num_domains, seed)
     temporary = output.with_name(f"{output.name}.tmp")
     try:
         adata.write_h5ad(temporary, compression="gzip")
@@ -167,7 +168,7 @@ def embed(
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
-    typer.echo(f'{adata.n_obs:,} spots are embedded in obsm["{KEY_ADDED}"] of {output}.', err=True)
+    typer.echo(f'{adata.n_obs:,} spots are embedded in obsm["{EMBEDDING}"] of {output}.', err=True)
 
 
 def _clusters(embedding: Any, num_domains: int, seed: int) -> Any:

@@ -9,12 +9,12 @@ import pandas as pd
 from anndata import AnnData
 from tqdm.auto import tqdm
 
+from .keys import EMBEDDING, OF_EMBEDDING, check_uns, tell
 from .processing_stimg import STPatchProcessor
+from .provenance import embedding_provenance, embedding_settings
 from .reconstruction_stimg import reconstruct_spots, variable_genes
 from .slide_image_stimg import SlideImage
 from .slides import read_slide
-
-KEY_ADDED = "X_stimg"
 
 
 def embed_slide(
@@ -29,7 +29,7 @@ def embed_slide(
     batch_size: int = 32,
     device: str | None = None,
     seed: int = 0,
-    key_added: str = KEY_ADDED,
+    key_added: str = EMBEDDING,
     progress: bool = True,
     num_channels: int | None = None,
     centered: bool | None = None,
@@ -37,9 +37,10 @@ def embed_slide(
 ) -> None:
     """Give every spot of a slide an embedding, in `adata.obsm[key_added]`.
 
-    Writes float32 (n_obs, width) in the order of `adata.obs`; everything else of `adata` stays as it is. Every spot is
-    covered; spots that share an array position share an embedding (with one warning). The same input gives the same
-    bits.
+    Writes float32 (n_obs, width) in the order of `adata.obs`, and how it was made to
+    `adata.uns["stimg"]["embedding"][key_added]` (`embedding_provenance`); everything else of `adata` stays as it is.
+    Every spot is covered; spots that share an array position share an embedding (with one warning). The same input
+    gives the same bits.
 
     Args:
         adata: raw counts in `X`, and array positions under any of the names that `read_slide` knows.
@@ -53,28 +54,29 @@ def embed_slide(
         progress: tell how many genes matched, and show a progress bar.
 
     Raises:
-        ValueError: no raw counts, no array positions, or too few genes that the model knows.
+        ValueError: no raw counts, no array positions, too few genes that the model knows, or something else in
+            `uns["stimg"]`.
     """
+    check_uns(adata.uns)
     image = processor.slide_to_image(read_slide(adata), on_duplicate="first")
     if progress:
         tqdm.write(image.gene_match, file=sys.stderr)
+    options = {
+        "stride": stride,
+        "gene_selection": gene_selection,
+        "num_gene_draws": num_gene_draws,
+        "readout": readout,
+        "smoothing": smoothing,
+        "num_channels": num_channels,
+        "centered": centered,
+        "projected": projected,
+    }
+    settings = embedding_settings(model, processor, seed=seed, **options)
     embedding = model.embed(
-        image,
-        processor,
-        stride=stride,
-        gene_selection=gene_selection,
-        num_gene_draws=num_gene_draws,
-        readout=readout,
-        smoothing=smoothing,
-        num_channels=num_channels,
-        centered=centered,
-        projected=projected,
-        batch_size=batch_size,
-        device=device,
-        seed=seed,
-        progress=progress,
+        image, processor, **options, batch_size=batch_size, device=device, seed=seed, progress=progress
     )
     adata.obsm[key_added] = np.ascontiguousarray(embedding[image.spot_of_obs])
+    tell(adata.uns, OF_EMBEDDING, key_added, embedding_provenance(settings, image))
 
 
 def reconstruct_region(

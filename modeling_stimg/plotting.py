@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compaction_stimg import is_staggered
+from .palette import NO_CLASS, class_colours
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.collections import EllipseCollection
     from matplotlib.figure import Figure
-
-DOMAIN_COLOURS = "tab20"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -57,20 +57,61 @@ def grid_positions(adata: AnnData) -> tuple[np.ndarray, float]:
 
     On a staggered array the spots of a row are two columns apart, and rows sqrt(3) / 2 of that distance.
     """
-    rows, cols = adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy()
+    from .slides import spot_positions
+
+    rows, cols = spot_positions(adata)
     if is_staggered(rows, cols) and len(rows) > 1:
         return np.stack([cols, rows * np.sqrt(3)], axis=1).astype(float), 2.0
     return np.stack([cols, rows], axis=1).astype(float), 1.0
 
 
-def plot_domains(adata: AnnData, values: Sequence[Any] | np.ndarray, title: str = "", ax: Axes | None = None) -> Axes:
+def spot_pitch(adata: AnnData) -> float | None:
+    """Micrometres between neighbouring spots, where the slide tells what it is; None where it does not.
+
+    100 on staggered arrays with Space Ranger's scale factors in `uns["spatial"]` (Visium), the size of the bins on
+    Visium HD.
+    """
+    libraries = adata.uns.get("spatial", {})
+    for library in libraries.values() if isinstance(libraries, Mapping) else ():
+        factors = library.get("scalefactors", {}) if isinstance(library, Mapping) else {}
+        if "bin_size_um" in factors:
+            return float(factors["bin_size_um"])
+        if "spot_diameter_fullres" in factors and grid_positions(adata)[1] == 2:
+            return 100.0
+    return None
+
+
+def plot_domains(
+    adata: AnnData,
+    values: Sequence[Any] | np.ndarray,
+    title: str = "",
+    ax: Axes | None = None,
+    colours: Mapping[str, Any] | None = None,
+    pitch: float | None = None,
+) -> Axes:
     """A map of the slide, one disc a spot.
 
     Args:
         adata: a slide from `read_slide`.
-        values: (n_obs,), classes (str, categories, integers or None) or numbers (float).
+        values: (n_obs,), classes (str, categories, integers or None) or numbers (float); or (n_obs, 3), the colours.
         title: above the map. ax: where to draw; None = a figure of its own (`ax.figure`).
+        colours: of classes, by name; None = the library's, in the order of their names.
+        pitch: micrometres between neighbours, for a scale bar; None = `spot_pitch`, and no bar where it tells none.
     """
+    values = np.asarray(values)
+    ax, spots = draw_spots(adata, ax)
+    if values.dtype.kind == "f" and values.ndim == 1:
+        spots.set(array=np.ma.masked_invalid(values), cmap="viridis")
+        ax.figure.colorbar(spots, ax=ax, shrink=0.7)
+    else:
+        spots.set_facecolor(values if values.ndim == 2 else _class_colours(ax, values, colours))
+    ax.set_title(title)
+    _scale_bar(ax, adata, spot_pitch(adata) if pitch is None else pitch)
+    return ax
+
+
+def draw_spots(adata: AnnData, ax: Axes | None = None) -> tuple[Axes, EllipseCollection]:
+    """Axes of a slide's size without ticks, and the discs of its spots on them, whose colours are still to be set."""
     from matplotlib.collections import EllipseCollection
 
     positions, pitch = grid_positions(adata)
@@ -79,37 +120,51 @@ def plot_domains(adata: AnnData, values: Sequence[Any] | np.ndarray, title: str 
         ax = new_figure(7, min(max(5.5 * (high - low)[1] / (high - low)[0], 2.5), 12)).subplots()
     # Discs in data units: neighbours touch at any size of the figure.
     size = np.full(len(positions), 0.95 * pitch)
-    values = np.asarray(values)
     spots = EllipseCollection(
         size, size, np.zeros(len(positions)), units="xy", offsets=positions, offset_transform=ax.transData
     )
-    if values.dtype.kind == "f":
-        spots.set(array=values, cmap="viridis")
-        ax.figure.colorbar(spots, ax=ax, shrink=0.7)
-    else:
-        spots.set_facecolor(_class_colours(ax, values))
     ax.add_collection(spots)
-    ax.set(title=title, aspect="equal", xticks=[], yticks=[], xlim=(low[0], high[0]), ylim=(high[1], low[1]))
+    ax.set(aspect="equal", xticks=[], yticks=[], xlim=(low[0], high[0]), ylim=(high[1], low[1]))
     ax.spines[:].set_visible(False)
-    return ax
+    return ax, spots
 
 
-def _class_colours(ax: Axes, values: np.ndarray) -> np.ndarray:
+def _scale_bar(ax: Axes, adata: AnnData, pitch: float | None) -> None:
+    """A black bar of 1, 2 or 5 times a power of ten micrometres below the map, about a fifth as wide; None: no bar."""
+    if pitch is None:
+        return
+    if not pitch > 0:
+        raise ValueError(f"pitch is {pitch}: expected micrometres between neighbouring spots.")
+    positions, spacing = grid_positions(adata)
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    micrometres = (right - left) * pitch / spacing / 5
+    power = 10.0 ** np.floor(np.log10(micrometres))
+    length = max(step for step in (1, 2, 5) if step * power <= micrometres or step == 1) * power
+    y = positions[:, 1].max() + 1.5 * spacing
+    ax.plot([left + spacing, left + spacing + length * spacing / pitch], [y, y], color="black", linewidth=2.5)
+    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    ax.text(left + spacing, y + 0.7 * spacing, text, va="top", fontsize=8)
+    ax.set_ylim(bottom + max(3 * spacing, 0.06 * (bottom - top)), top)
+
+
+def _class_colours(ax: Axes, values: np.ndarray, colours: Mapping[str, Any] | None) -> np.ndarray:
     """RGBA (n, 4) of classes, with a legend beside the axes; spots without a class are grey."""
-    from matplotlib import colormaps
+    from matplotlib.colors import to_rgba
     from matplotlib.lines import Line2D
 
     labels = np.array(["" if v is None or v != v else str(v) for v in values], dtype=object)
     classes = sorted(set(labels) - {""}, key=lambda c: (int(c), "") if c.isdigit() else (-1, c))
-    colours = {c: colormaps[DOMAIN_COLOURS](i % colormaps[DOMAIN_COLOURS].N) for i, c in enumerate(classes)}
+    colours = dict(zip(classes, class_colours(len(classes)), strict=True)) if colours is None else dict(colours)
+    shown = {name: to_rgba(colours[name]) for name in classes}
     if (labels == "").any():
-        colours[""] = (0.88, 0.88, 0.88, 1.0)
+        shown[""] = to_rgba(NO_CLASS)
     handles = [
         Line2D([], [], marker="o", linestyle="", color=colour, label=name or "no label")
-        for name, colour in colours.items()
+        for name, colour in shown.items()
     ]
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    return np.array([colours[label] for label in labels])
+    columns = -(-len(handles) // 20)  # more in a column would be taller than the map
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)
+    return np.array([shown[label] for label in labels])
 
 
 def plot_maps(adata: AnnData, maps: Mapping[str, Sequence[Any] | np.ndarray], path: str | os.PathLike) -> None:

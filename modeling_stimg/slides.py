@@ -132,7 +132,7 @@ def _checked(adata: AnnData) -> AnnData:
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}; here {_where_counts_are(adata)}") from error
     obs = adata.obs.copy()
-    obs["array_row"], obs["array_col"] = _array_positions(adata)
+    obs["array_row"], obs["array_col"] = spot_positions(adata)
     shared = {name: dict(getattr(adata, name)) for name in ("obsm", "varm", "obsp", "varp", "layers")}
     return AnnData(counts, obs=obs, var=adata.var.copy(), uns=_copied_mapping(adata.uns), raw=adata.raw, **shared)
 
@@ -174,7 +174,7 @@ def _holds_counts(values: Any) -> bool:
     return bool(values.max() > 0)
 
 
-def _array_positions(adata: AnnData) -> tuple[np.ndarray, np.ndarray]:
+def spot_positions(adata: AnnData) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of every spot on the array, each int64 (num_spots)."""
     for names in _ARRAY_COLUMNS:
         if all(name in adata.obs for name in names):
