@@ -127,7 +127,7 @@ def reconstruct_region(
             f"The region holds all {image.num_spots:,} array positions of the slide: leave some out, to predict it "
             "from them."
         )
-    numbers, names = _genes(slide, image, processor, hidden, genes)
+    numbers, names = named_genes(slide, image, processor, hidden, genes)
     predicted = reconstruct_spots(model, processor, image, hidden, genes=numbers, progress=progress, **options)
     row = hidden.cumsum() - 1
     return pd.DataFrame(predicted[row[image.spot_of_obs[region]]], index=adata.obs_names[region], columns=names)
@@ -157,7 +157,7 @@ def _region(adata: AnnData, spots: Sequence[bool] | np.ndarray | pd.Series | str
     return region
 
 
-def _genes(
+def named_genes(
     slide: AnnData,
     image: SlideImage,
     processor: STPatchProcessor,

@@ -11,6 +11,7 @@ import numpy as np
 
 from .compaction_stimg import is_staggered
 from .palette import NO_CLASS, class_colours
+from .writing import written_whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -43,13 +44,8 @@ def check_figure_path(path: str | os.PathLike) -> None:
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write a figure under a temporary name, then rename it."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}{path.suffix}")
-    try:
+    with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def grid_positions(adata: AnnData) -> tuple[np.ndarray, float]:

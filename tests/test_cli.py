@@ -1,8 +1,5 @@
-"""The `stimg` command as a user meets it: in a process of its own."""
+"""The `stimg` command as a user meets it."""
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from command_line import stimg
 
 from modeling_stimg import (
     GeneVocabulary,
@@ -22,16 +20,6 @@ from modeling_stimg import (
     read_slide,
 )
 from modeling_stimg.plotting import save_figure
-
-
-def stimg(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "modeling_stimg.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

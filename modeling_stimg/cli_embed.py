@@ -1,0 +1,129 @@
+"""`stimg embed`: embeddings of slides."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_options import (
+    BatchSizeOption,
+    DeviceOption,
+    ModelOption,
+    OutputOption,
+    OverwriteOption,
+    QuietOption,
+    RevisionOption,
+    SlidesArgument,
+)
+
+
+def embed(
+    slides: SlidesArgument,
+    output: OutputOption,
+    model: ModelOption = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also write a map of domains (k-means) as PNG; of several slides the folder.")
+    ] = None,
+    num_domains: Annotated[int, typer.Option(help="Domains on the map.", min=2)] = 7,
+    readout: Annotated[str | None, typer.Option(help="spot, context or both.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Sites between neighbouring windows.")] = None,
+    gene_selection: Annotated[str | None, typer.Option(help="weighted, variable, random or slide.")] = None,
+    num_gene_draws: Annotated[int | None, typer.Option(help="Gene draws that are averaged.")] = None,
+    smoothing: Annotated[
+        list[int] | None,
+        typer.Option(help="Radius in sites of a final mean; 0 = none. Given several times: means side by side."),
+    ] = None,
+    num_channels: Annotated[int | None, typer.Option(help="Genes of a window.")] = None,
+    centered: Annotated[bool | None, typer.Option(help="Take the mean over the slide off.")] = None,
+    projected: Annotated[bool | None, typer.Option(help="Take the model's projection of its outputs.")] = None,
+    batch_size: BatchSizeOption = 32,
+    device: DeviceOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the gene draws.", min=0)] = 0,
+    revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a copy of every SLIDE with an embedding of every spot in obsm["X_stimg"].
+
+    Outputs that are in the folder already, made with the same model and options, are kept: the same command goes on
+    where it was interrupted. Under accelerate launch, processes share the slides.
+    """
+    from .cli_slides import Job, finished, for_every_slide, hush, plan, this_process
+    from .domains import find_domains
+    from .embedding import embed_slide
+    from .keys import EMBEDDING, OF_EMBEDDING
+    from .pl import domains
+    from .plotting import save_figure
+    from .provenance import embedding_settings, same_settings
+    from .slides import read_slide
+    from .writing import write_h5ad, written_whole
+
+    hush(quiet)
+    jobs = plan(slides, output, plot)
+    processes = this_process(device)
+    network, processor, device = load_encoder(model, revision, processes.device if device is None else device)
+    options: dict[str, Any] = {
+        "stride": stride,
+        "gene_selection": gene_selection,
+        "num_gene_draws": num_gene_draws,
+        "readout": readout,
+        "smoothing": smoothing[0] if smoothing and len(smoothing) == 1 else smoothing,
+        "num_channels": num_channels,
+        "centered": centered,
+        "projected": projected,
+    }
+    settings = embedding_settings(network, processor, seed=seed, **options)
+
+    def differences(told: Any) -> list[str]:
+        return same_settings(told.get(OF_EMBEDDING, {}).get(EMBEDDING, {}), settings)
+
+    done = finished(jobs, differences, overwrite)
+
+    def work(job: Job) -> str:
+        if job.output in done and (job.plot is None or job.plot.exists()):
+            return f"{job.output} is there already."
+        adata = read_slide(job.slide)
+        if plot is not None and num_domains > adata.n_obs:
+            raise ValueError(f"--num-domains is {num_domains}, but the slide has {adata.n_obs} spots.")
+        progress = not quiet and processes.first
+        embed_slide(
+            adata, network, processor, **options, batch_size=batch_size, device=device, seed=seed, progress=progress
+        )
+        if job.plot is not None:
+            find_domains(adata, num_domains, method="kmeans", seed=seed)
+        job.output.parent.mkdir(exist_ok=True)
+        with written_whole(job.output) as temporary:
+            write_h5ad(adata, temporary)
+            if job.plot is not None:
+                job.plot.parent.mkdir(exist_ok=True)
+                save_figure(domains(adata, title="k-means on the embedding").figure, job.plot)
+        return f'{adata.n_obs:,} spots are embedded in obsm["{EMBEDDING}"] of {job.output}.'
+
+    for_every_slide(jobs, work, processes, quiet)
+
+
+def load_encoder(model: str | None, revision: str | None, device: str | None) -> tuple[Any, Any, str]:
+    """The encoder, on its device, its processor, and the device: a GPU where none is named and there is one.
+
+    Raises:
+        ValueError, OSError: no such device, or no such model.
+    """
+    from .hub import find_model
+    from .modeling_stimg import STImageMAEModel
+    from .processing_stimg import STPatchProcessor
+
+    device = usable(device)
+    folder = find_model(model, revision).folder
+    processor = STPatchProcessor.from_pretrained(folder)
+    return STImageMAEModel.from_pretrained(folder).to(device), processor, device
+
+
+def usable(device: str | None) -> str:
+    """A device by its name, checked; where none is named, a GPU where there is one."""
+    import torch
+
+    from .slide_image_stimg import usable_device
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(usable_device(device))

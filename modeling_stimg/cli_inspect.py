@@ -1,0 +1,66 @@
+"""`stimg inspect`: what slides hold."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import QuietOption, RevisionOption, SlidesArgument
+
+
+def inspect(
+    slides: SlidesArgument,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, or Hub id (ORG/NAME, ORG/NAME@REVISION): tell how many genes it knows.")
+    ] = None,
+    genes: Annotated[Path | None, typer.Option(help="TSV with gene_id and gene_name, in place of a model.")] = None,
+    compaction: Annotated[str, typer.Option(help="lattice, rank or minmax.")] = "lattice",
+    window_size: Annotated[int, typer.Option(help="Side of the windows that are looked at.", min=1)] = 16,
+    table: Annotated[Path | None, typer.Option(help="Also write a row a slide to this TSV.")] = None,
+    revision: RevisionOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Tell what slides hold and how they look to a model, without changing anything."""
+    from dataclasses import asdict
+
+    from tqdm.auto import tqdm
+
+    from .genes_stimg import GeneVocabulary
+    from .hub import find_model
+    from .inspection import inspect_slide
+    from .processing_stimg import STPatchProcessor
+    from .slides import read_slide
+    from .writing import written_whole
+
+    if model is None and revision is not None:
+        raise ValueError("--revision is given without --model: it tells which state of a Hub model is meant.")
+    if model is not None and genes is not None:
+        raise ValueError("Both --model and --genes are given: pass one of them.")
+    if table is not None and not table.parent.is_dir():
+        raise FileNotFoundError(f"The folder of {table} does not exist: make it first.")
+    vocabulary = None if genes is None else GeneVocabulary.from_table(genes)
+    if model is not None:
+        vocabulary = STPatchProcessor.from_pretrained(find_model(model, revision, weights=False).folder).vocabulary
+    names = [Path(slide).name.split(".")[0] for slide in slides]
+    rows, failures = [], []
+    for slide, name in zip(tqdm(slides, desc="read slides", disable=quiet or len(slides) == 1), names, strict=True):
+        try:
+            # Two slides of one name, such as outs/, are told apart by their paths.
+            shown = name if names.count(name) == 1 else slide
+            rows.append(inspect_slide(read_slide(slide), vocabulary, compaction, window_size, shown))
+        except (ValueError, OSError, ImportError) as error:
+            message = " ".join(str(error).split())
+            failures.append(message if slide in message else f"{slide}: {message}")
+    for row in rows:
+        if len(slides) > 1:
+            typer.echo(row.slide)
+        for line, value in row.lines().items():
+            typer.echo(f"{line + ':':<17}{value}")
+    if table is not None and rows:
+        import pandas as pd
+
+        with written_whole(table) as temporary:
+            pd.DataFrame([asdict(row) for row in rows]).to_csv(temporary, sep="\t", index=False, float_format="%.4g")
+    if failures:
+        counted = f"{len(failures)} of {len(slides)} slides: " if len(slides) > 1 else ""
+        raise ValueError(counted + "; ".join(failures))
