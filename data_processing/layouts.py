@@ -25,15 +25,12 @@ from data_processing.sources import Source
 from data_processing.space_ranger_samples import MATRIX, Sample, arrange, find_samples, link
 from modeling_stimg import read_slide
 from modeling_stimg.counts_stimg import check_counts
-from modeling_stimg.slides import reading
+from modeling_stimg.parsing import reading
+from modeling_stimg.spatialdata_reading import check_codecs
 
 ReadSlide = Callable[[], AnnData]
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 _MAX_NESTING = 3
-# What zarr may decode with. Others are refused: the codec "pickle" of version 2 would run what it reads.
-_CODECS = ("blosc", "bz2", "delta", "fixedscaleoffset", "gzip", "lz4", "lzma", "shuffle", "zlib", "zstd")
-_ZARR_CODECS = {*_CODECS, *(f"numcodecs.{name}" for name in _CODECS), "bytes", "crc32c", "endian", "sharding_indexed"}
-_ZARR_CODECS |= {"transpose", "vlen-array", "vlen-bytes", "vlen-utf8"}
 
 
 def open_source(path: str | Path, source: Source, work_dir: str | Path) -> dict[str, ReadSlide]:
@@ -179,7 +176,7 @@ def _read_zarr(files: Mapping[str, Path], scratch: Path) -> dict[str, ReadSlide]
         raise _nothing(files, "zarr store with an AnnData in tables/")
     slides: dict[str, ReadSlide] = {}
     for (label, folder), store in zip(tables.items(), stores, strict=True):
-        _check_codecs(folder)
+        check_codecs(folder)
         name = store.removesuffix(".zarr") or "table"
         for region in _regions(folder, label):
             read = partial(_read_region, folder, label or folder.name, region)
@@ -346,31 +343,6 @@ def _zarr_store(label: str) -> str:
     """The SpatialData store that a table belongs to: what stands before tables/, or table/ in older ones."""
     parts = label.split("/")
     return "/".join(parts[:-2]) if len(parts) > 1 and parts[-2] in ("tables", "table") else label
-
-
-def _check_codecs(folder: Path) -> None:
-    """Refuse a store that would be decoded by anything but the usual codecs."""
-    for name in (".zarray", ".zmetadata", "zarr.json"):
-        for path in sorted(folder.rglob(name)):
-            with reading(path.name, "JSON"):
-                content = json.loads(path.read_text(encoding="utf-8"))
-            unknown = sorted(set(_codecs(content)) - _ZARR_CODECS)
-            if unknown:
-                raise ValueError(f"{path} asks for the codec {unknown[0]!r}, which is not trusted: it is not read")
-
-
-def _codecs(content: Any, is_codec: bool = False) -> Iterator[str]:
-    """Names of the codecs in the metadata of an array, of either version."""
-    if isinstance(content, list):
-        for item in content:
-            yield from _codecs(item, is_codec)
-    elif isinstance(content, dict):
-        if is_codec:
-            yield str(content.get("id", content.get("name", "")))
-        for key, value in content.items():
-            yield from _codecs(value, key in ("compressor", "filters", "codecs", "index_codecs"))
-    elif is_codec and isinstance(content, str):  # version 3 allows a bare name
-        yield content
 
 
 # Errors

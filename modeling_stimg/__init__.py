@@ -19,15 +19,18 @@ from .slide_image_stimg import SlideImage
 
 if TYPE_CHECKING:
     from . import pl
+    from .binning import bin_cells
     from .domains import find_domains
     from .embedding import embed_slide, reconstruct_region
     from .plotting import plot_domains
-    from .slides import read_slide
+    from .slides import read_cells, read_slide
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "read_slide": "slides",
+    "read_cells": "slides",
+    "bin_cells": "binning",
     "embed_slide": "embedding",
     "find_domains": "domains",
     "reconstruct_region": "embedding",
@@ -72,10 +75,12 @@ __all__ = [
     "STImageMAEModel",
     "STPatchProcessor",
     "SlideImage",
+    "bin_cells",
     "embed_slide",
     "find_domains",
     "pl",
     "plot_domains",
+    "read_cells",
     "read_slide",
     "reconstruct_region",
 ]

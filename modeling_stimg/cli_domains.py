@@ -7,12 +7,16 @@ import typer
 
 from .cli_options import (
     BatchSizeOption,
+    BinSizeOption,
     DeviceOption,
+    LayerOption,
     ModelOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
     RevisionOption,
+    ScaleOption,
+    SlideKeyOption,
     SlidesArgument,
 )
 
@@ -38,6 +42,10 @@ def domains(
     batch_size: BatchSizeOption = 32,
     device: DeviceOption = None,
     seed: Annotated[int, typer.Option(help="Seed of gene draws and of clusterings.", min=0)] = 0,
+    layer: LayerOption = None,
+    slide_key: SlideKeyOption = None,
+    bin_size: BinSizeOption = None,
+    microns_per_pixel: ScaleOption = None,
     revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
@@ -48,19 +56,21 @@ def domains(
     """
     from anndata import read_h5ad
 
-    from .cli_embed import load_encoder
+    from .cli_embed import Reading, load_encoder
     from .cli_slides import Job, finished, for_every_slide, has_embedding, hush, plan, this_process
     from .domains import domain_settings, find_domains
-    from .embedding import embed_slide
     from .keys import DOMAIN, EMBEDDING, OF_DOMAINS, OF_EMBEDDING
     from .pl import domains as domain_map
     from .plotting import save_figure
     from .provenance import embedding_settings, same_settings
-    from .slides import read_slide, reading
+    from .parsing import reading
     from .writing import write_h5ad, written_whole
 
     hush(quiet)
+    if plot is not None and slide_key is not None:
+        raise ValueError("--plot draws one slide, but --slide-key tells several apart: leave one of them out.")
     jobs = plan(slides, output, plot)
+    how = Reading(layer, slide_key, bin_size, microns_per_pixel)
     chosen = {"method": method, "smoothing": smoothing, "seed": seed, "smoothed": smoothed, "resolution": resolution}
     settings = domain_settings(n_domains, **chosen)
     embedded = {job.slide for job in jobs if has_embedding(job.slide, EMBEDDING)}
@@ -68,7 +78,7 @@ def domains(
     network = processor = embedding = None
     if len(embedded) < len(jobs):
         network, processor, device = load_encoder(model, revision, processes.device if device is None else device)
-        embedding = embedding_settings(network, processor, seed=seed)
+        embedding = embedding_settings(network, processor, seed=seed) | how.settings
 
     def differences(told: Any, made_here: bool) -> list[str]:
         found = same_settings(told.get(OF_DOMAINS, {}).get(DOMAIN, {}), settings)
@@ -89,8 +99,8 @@ def domains(
             with reading(job.slide, "an .h5ad file"):
                 adata = read_h5ad(job.slide)
         else:
-            adata = read_slide(job.slide)
-            embed_slide(adata, network, processor, batch_size=batch_size, device=device, seed=seed, progress=progress)
+            adata = how.read(job.slide)
+            how.embed(adata, network, processor, batch_size=batch_size, device=device, seed=seed, progress=progress)
         find_domains(adata, n_domains, **chosen, progress=progress)
         job.output.parent.mkdir(exist_ok=True)
         with written_whole(job.output) as temporary:

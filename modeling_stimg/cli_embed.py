@@ -1,5 +1,6 @@
 """`stimg embed`: embeddings of slides."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,12 +8,16 @@ import typer
 
 from .cli_options import (
     BatchSizeOption,
+    BinSizeOption,
     DeviceOption,
+    LayerOption,
     ModelOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
     RevisionOption,
+    ScaleOption,
+    SlideKeyOption,
     SlidesArgument,
 )
 
@@ -39,26 +44,30 @@ def embed(
     batch_size: BatchSizeOption = 32,
     device: DeviceOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the gene draws.", min=0)] = 0,
+    layer: LayerOption = None,
+    slide_key: SlideKeyOption = None,
+    bin_size: BinSizeOption = None,
+    microns_per_pixel: ScaleOption = None,
     revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a copy of every SLIDE with an embedding of every spot in obsm["X_stimg"].
+    """Write a copy of every SLIDE with an embedding of every spot, or cell, in obsm["X_stimg"].
 
     Outputs that are in the folder already, made with the same model and options, are kept: the same command goes on
     where it was interrupted. Under accelerate launch, processes share the slides.
     """
     from .cli_slides import Job, finished, for_every_slide, hush, plan, this_process
     from .domains import find_domains
-    from .embedding import embed_slide
     from .keys import EMBEDDING, OF_EMBEDDING
     from .pl import domains
     from .plotting import save_figure
     from .provenance import embedding_settings, same_settings
-    from .slides import read_slide
     from .writing import write_h5ad, written_whole
 
     hush(quiet)
+    if plot is not None and slide_key is not None:
+        raise ValueError("--plot draws one slide, but --slide-key tells several apart: leave one of them out.")
     jobs = plan(slides, output, plot)
     processes = this_process(device)
     network, processor, device = load_encoder(model, revision, processes.device if device is None else device)
@@ -72,7 +81,8 @@ def embed(
         "centered": centered,
         "projected": projected,
     }
-    settings = embedding_settings(network, processor, seed=seed, **options)
+    how = Reading(layer, slide_key, bin_size, microns_per_pixel)
+    settings = embedding_settings(network, processor, seed=seed, **options) | how.settings
 
     def differences(told: Any) -> list[str]:
         return same_settings(told.get(OF_EMBEDDING, {}).get(EMBEDDING, {}), settings)
@@ -82,11 +92,11 @@ def embed(
     def work(job: Job) -> str:
         if job.output in done and (job.plot is None or job.plot.exists()):
             return f"{job.output} is there already."
-        adata = read_slide(job.slide)
+        adata = how.read(job.slide)
         if plot is not None and num_domains > adata.n_obs:
             raise ValueError(f"--num-domains is {num_domains}, but the slide has {adata.n_obs} spots.")
         progress = not quiet and processes.first
-        embed_slide(
+        how.embed(
             adata, network, processor, **options, batch_size=batch_size, device=device, seed=seed, progress=progress
         )
         if job.plot is not None:
@@ -97,9 +107,62 @@ def embed(
             if job.plot is not None:
                 job.plot.parent.mkdir(exist_ok=True)
                 save_figure(domains(adata, title="k-means on the embedding").figure, job.plot)
-        return f'{adata.n_obs:,} spots are embedded in obsm["{EMBEDDING}"] of {job.output}.'
+        return f'{adata.n_obs:,} {how.called} are embedded in obsm["{EMBEDDING}"] of {job.output}.'
 
     for_every_slide(jobs, work, processes, quiet)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How slides are read before they are embedded: options of `read_slide`."""
+
+    layer: str | None
+    slide_key: str | None
+    bin_size: float | None
+    microns_per_pixel: float | None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """As `uns["stimg"]` tells them."""
+        from .provenance import reading_settings
+
+        return reading_settings(**asdict(self))
+
+    @property
+    def called(self) -> str:
+        """What a row of a slide is."""
+        return "spots" if self.bin_size is None else "cells"
+
+    def read(self, slide: str) -> Any:
+        """The slide, with its counts in `X`; cells that are to be binned keep their own rows.
+
+        Raises:
+            ValueError, OSError, ImportError: as `read_slide`.
+        """
+        from .slides import read_cells, read_slide
+
+        if self.bin_size is not None:
+            return read_cells(slide, layer=self.layer)
+        return read_slide(
+            slide, layer=self.layer, slide_key=self.slide_key, microns_per_pixel=self.microns_per_pixel
+        )
+
+    def embed(self, adata: Any, network: Any, processor: Any, **options: Any) -> None:
+        """`embed_slide` on what `read` gave, and in `uns["stimg"]` how it was read."""
+        from .embedding import embed_slide
+        from .keys import EMBEDDING, OF_EMBEDDING, tell, told
+
+        embed_slide(
+            adata,
+            network,
+            processor,
+            slide_key=self.slide_key,
+            bin_size=self.bin_size,
+            microns_per_pixel=self.microns_per_pixel,
+            **options,
+        )
+        # The counts are in X by now, wherever the slide had them.
+        tell(adata.uns, OF_EMBEDDING, EMBEDDING, told(adata.uns, OF_EMBEDDING)[EMBEDDING] | self.settings)
 
 
 def load_encoder(model: str | None, revision: str | None, device: str | None) -> tuple[Any, Any, str]:

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import QuietOption, RevisionOption, SlidesArgument
+from .cli_options import (
+    BinSizeOption,
+    LayerOption,
+    QuietOption,
+    RevisionOption,
+    ScaleOption,
+    SlideKeyOption,
+    SlidesArgument,
+)
 
 
 def inspect(
@@ -17,6 +25,10 @@ def inspect(
     compaction: Annotated[str, typer.Option(help="lattice, rank or minmax.")] = "lattice",
     window_size: Annotated[int, typer.Option(help="Side of the windows that are looked at.", min=1)] = 16,
     table: Annotated[Path | None, typer.Option(help="Also write a row a slide to this TSV.")] = None,
+    layer: LayerOption = None,
+    slide_key: SlideKeyOption = None,
+    bin_size: BinSizeOption = None,
+    microns_per_pixel: ScaleOption = None,
     revision: RevisionOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -29,7 +41,7 @@ def inspect(
     from .hub import find_model
     from .inspection import inspect_slide
     from .processing_stimg import STPatchProcessor
-    from .slides import read_slide
+    from .slides import read_slide, slide_rows
     from .writing import written_whole
 
     if model is None and revision is not None:
@@ -47,12 +59,19 @@ def inspect(
         try:
             # Two slides of one name, such as outs/, are told apart by their paths.
             shown = name if names.count(name) == 1 else slide
-            rows.append(inspect_slide(read_slide(slide), vocabulary, compaction, window_size, shown))
+            adata = read_slide(
+                slide, layer=layer, slide_key=slide_key, bin_size=bin_size, microns_per_pixel=microns_per_pixel
+            )
+            if slide_key is None:
+                rows.append(inspect_slide(adata, vocabulary, compaction, window_size, shown))
+                continue
+            for part, spots in slide_rows(adata, slide_key).items():
+                rows.append(inspect_slide(adata[spots], vocabulary, compaction, window_size, f"{shown}/{part}"))
         except (ValueError, OSError, ImportError) as error:
             message = " ".join(str(error).split())
             failures.append(message if slide in message else f"{slide}: {message}")
     for row in rows:
-        if len(slides) > 1:
+        if len(slides) > 1 or slide_key is not None:
             typer.echo(row.slide)
         for line, value in row.lines().items():
             typer.echo(f"{line + ':':<17}{value}")

@@ -9,13 +9,17 @@ from typer.core import TyperCommand
 SlidesArgument = Annotated[
     list[str],
     typer.Argument(
-        help="Slides: .h5ad, Space Ranger output folders, legacy ST tables.", metavar="SLIDE...", show_default=False
+        help="Slides: .h5ad, Space Ranger output folders, SpatialData .zarr, legacy ST tables.",
+        metavar="SLIDE...",
+        show_default=False,
     ),
 ]
 SlideArgument = Annotated[
     str,
     typer.Argument(
-        help="A slide: .h5ad, Space Ranger output folder, or legacy ST table.", metavar="SLIDE", show_default=False
+        help="A slide: .h5ad, Space Ranger output folder, SpatialData .zarr, or legacy ST table.",
+        metavar="SLIDE",
+        show_default=False,
     ),
 ]
 ModelOption = Annotated[
@@ -36,6 +40,18 @@ OverwriteOption = Annotated[
 ]
 BatchSizeOption = Annotated[int, typer.Option(help="Windows at a time.", min=1)]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")]
+LayerOption = Annotated[
+    str | None, typer.Option(help="Where raw counts are: a layer, X or raw; default: found.", show_default=False)
+]
+SlideKeyOption = Annotated[
+    str | None, typer.Option(help="Column of obs that tells several slides apart.", show_default=False)
+]
+BinSizeOption = Annotated[
+    float | None, typer.Option(help="Sum cells at any positions in square bins of this side, um.", show_default=False)
+]
+ScaleOption = Annotated[
+    float | None, typer.Option(help="Scale of cell positions in pixels; default: they are in um.", show_default=False)
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Only warnings and errors: no progress, no report.")]
 
 

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import BatchSizeOption, DeviceOption, ModelOption, QuietOption, RevisionOption, SlideArgument
+from .cli_options import (
+    BatchSizeOption,
+    DeviceOption,
+    LayerOption,
+    ModelOption,
+    QuietOption,
+    RevisionOption,
+    SlideArgument,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,6 +54,7 @@ def reconstruct(
     batch_size: BatchSizeOption = 32,
     device: DeviceOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the gene draws.", min=0)] = 0,
+    layer: LayerOption = None,
     revision: RevisionOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -73,7 +82,7 @@ def reconstruct(
     device = usable(device)
     folder = find_model(model, revision).folder
     processor, network = STPatchProcessor.from_pretrained(folder), load_decoder(folder)
-    adata = read_slide(slide)
+    adata = read_slide(slide, layer=layer)
     predicted = reconstruct_region(
         adata,
         network,

@@ -9,12 +9,12 @@ import pandas as pd
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from .keys import EMBEDDING, OF_EMBEDDING, check_uns, tell
+from .keys import BIN, EMBEDDING, OF_EMBEDDING, check_uns, tell
 from .processing_stimg import STPatchProcessor
-from .provenance import embedding_provenance, embedding_settings
+from .provenance import embedding_provenance, embedding_settings, reading_settings
 from .reconstruction_stimg import reconstruct_spots, variable_genes
 from .slide_image_stimg import SlideImage
-from .slides import read_slide
+from .slides import read_slide, slide_rows
 
 
 def embed_slide(
@@ -34,6 +34,10 @@ def embed_slide(
     num_channels: int | None = None,
     centered: bool | None = None,
     projected: bool | None = None,
+    slide_key: str | None = None,
+    bin_size: float | None = None,
+    microns_per_pixel: float | None = None,
+    layer: str | None = None,
 ) -> None:
     """Give every spot of a slide an embedding, in `adata.obsm[key_added]`.
 
@@ -43,7 +47,7 @@ def embed_slide(
     gives the same bits.
 
     Args:
-        adata: raw counts in `X`, and array positions under any of the names that `read_slide` knows.
+        adata: raw counts and array positions, wherever `read_slide` finds them; it may be backed by a file.
         model: an `STImageMAEModel` or `STImageMAEForPreTraining`. processor: its processor.
         stride, gene_selection, num_gene_draws, readout, smoothing, num_channels, centered, projected: see
             `embed_image`; None = what the model's `config.embedding_defaults` says, else the general default.
@@ -52,15 +56,16 @@ def embed_slide(
         seed: of the gene draws.
         key_added: key in `obsm`.
         progress: tell how many genes matched, and show a progress bar.
+        slide_key: a column of `obs` that tells several slides apart: each is embedded by itself.
+        bin_size: um; cells at any positions are summed in bins of that side, every cell gets the embedding of its bin,
+            and `adata.obs["stimg_bin"]` (int64) tells which; see `bin_cells`. microns_per_pixel: scale of positions.
+        layer: where the counts are; see `read_slide`.
 
     Raises:
         ValueError: no raw counts, no array positions, too few genes that the model knows, or something else in
             `uns["stimg"]`.
     """
     check_uns(adata.uns)
-    image = processor.slide_to_image(read_slide(adata), on_duplicate="first")
-    if progress:
-        tqdm.write(image.gene_match, file=sys.stderr)
     options = {
         "stride": stride,
         "gene_selection": gene_selection,
@@ -72,10 +77,25 @@ def embed_slide(
         "projected": projected,
     }
     settings = embedding_settings(model, processor, seed=seed, **options)
-    embedding = model.embed(
-        image, processor, **options, batch_size=batch_size, device=device, seed=seed, progress=progress
-    )
-    adata.obsm[key_added] = np.ascontiguousarray(embedding[image.spot_of_obs])
+    settings |= reading_settings(layer, slide_key, bin_size, microns_per_pixel)
+    slide = read_slide(adata, layer=layer, slide_key=slide_key, bin_size=bin_size, microns_per_pixel=microns_per_pixel)
+    rows_of = {"slide": slice(None)} if slide_key is None else slide_rows(slide, slide_key)
+    embedding = None
+    for name, rows in rows_of.items():
+        part = slide if slide_key is None else slide[rows].copy()
+        image = processor.slide_to_image(part, on_duplicate="first", name=name)
+        if progress and embedding is None:  # the same genes in every slide
+            tqdm.write(image.gene_match, file=sys.stderr)
+        of_spots = model.embed(
+            image, processor, **options, batch_size=batch_size, device=device, seed=seed, progress=progress
+        )
+        if embedding is None:
+            embedding = np.zeros((slide.n_obs, of_spots.shape[1]), dtype=of_spots.dtype)
+        embedding[rows] = of_spots[image.spot_of_obs]
+    if bin_size is not None:
+        bin_of_cell = slide.uns["stimg_bins"]["bin_of_cell"]
+        adata.obs[BIN], embedding = bin_of_cell, embedding[bin_of_cell]
+    adata.obsm[key_added] = embedding
     tell(adata.uns, OF_EMBEDDING, key_added, embedding_provenance(settings, image))
 
 

@@ -2,6 +2,7 @@
 
     obsm["X_stimg"]                               the embedding, float32 (n_obs, width)
     obs["stimg_domain"]                           domains, categorical "0", "1", ...; "0" is the largest
+    obs["stimg_bin"]                              of cells: which bin each lies in, int64 (`bin_cells`)
     uns["stimg_domain_colors"]                    their colours, where scanpy and squidpy look for them
     uns["stimg"]["embedding"]["X_stimg"]          how the embedding was made (`embedding_provenance`)
     uns["stimg"]["domains"]["stimg_domain"]       how the domains were found (`find_domains`)
@@ -14,6 +15,7 @@ from typing import Any
 
 EMBEDDING = "X_stimg"
 DOMAIN = "stimg_domain"
+BIN = "stimg_bin"
 UNS = "stimg"
 OF_EMBEDDING = "embedding"
 OF_DOMAINS = "domains"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compaction_stimg import is_staggered
+from .keys import BIN
 from .palette import NO_CLASS, class_colours
 from .writing import written_whole
 
@@ -51,9 +52,17 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
 def grid_positions(adata: AnnData) -> tuple[np.ndarray, float]:
     """Where to draw the spots: float64 (n_obs, 2), x and y downwards, and the distance between neighbours.
 
-    On a staggered array the spots of a row are two columns apart, and rows sqrt(3) / 2 of that distance.
+    On a staggered array the spots of a row are two columns apart, and rows sqrt(3) / 2 of that distance. Cells that
+    were embedded by bins stand where they are, in the unit of their positions; the distance is their median one.
     """
-    from .slides import spot_positions
+    from .slides import positions, spot_positions
+
+    if BIN in adata.obs:
+        from scipy.spatial import cKDTree
+
+        xy = positions(adata)
+        nearest = cKDTree(xy).query(xy, k=2)[0][:, -1] if len(xy) > 1 else np.ones(1)
+        return xy, float(np.median(nearest[nearest > 0])) if (nearest > 0).any() else 1.0
 
     rows, cols = spot_positions(adata)
     if is_staggered(rows, cols) and len(rows) > 1:
@@ -67,7 +76,7 @@ def spot_pitch(adata: AnnData) -> float | None:
     100 on staggered arrays with Space Ranger's scale factors in `uns["spatial"]` (Visium), the size of the bins on
     Visium HD.
     """
-    libraries = adata.uns.get("spatial", {})
+    libraries = {} if BIN in adata.obs else adata.uns.get("spatial", {})
     for library in libraries.values() if isinstance(libraries, Mapping) else ():
         factors = library.get("scalefactors", {}) if isinstance(library, Mapping) else {}
         if "bin_size_um" in factors:

@@ -81,6 +81,17 @@ def embedding_settings(model: Any, processor: Any, seed: int = 0, **options: Any
     }
 
 
+def reading_settings(
+    layer: str | None = None,
+    slide_key: str | None = None,
+    bin_size: float | None = None,
+    microns_per_pixel: float | None = None,
+) -> dict[str, str]:
+    """How a slide was read, as `read_slide` takes it, in text; empty where it was not told."""
+    given = {"layer": layer, "slide_key": slide_key, "bin_size": bin_size, "microns_per_pixel": microns_per_pixel}
+    return {name: "" if value is None else str(value) for name, value in given.items()}
+
+
 def embedding_provenance(settings: Mapping[str, Any], image: SlideImage) -> dict[str, Any]:
     """`embedding_settings`, the versions that computed it, and how many of the slide's genes the model knew."""
     from . import __version__

@@ -319,35 +319,86 @@ def test_values_that_are_no_counts(value, message, convert):
         read_slide(slide)
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        (["counts"], r'adata\.layers\["counts"\] holds integer counts, set adata\.X = adata\.layers\["counts"\]$'),
-        (["before", "counts"], r'adata\.layers\["counts"\] holds integer counts'),
-        (["umi"], r'adata\.layers\["umi"\] holds integer counts, set adata\.X = adata\.layers\["umi"\]$'),
-        ([], "no layer of this slide holds them"),
-    ],
-)
-def test_the_sentence_names_the_layer_that_holds_the_counts(layers, message):
+def normalised(*places: str) -> AnnData:
+    """The slide with log1p values in X, its counts in the layers `places` or in "raw", and layers that hold none."""
     slide = make_slide()
     counts = slide.X.copy()
+    if "raw" in places:
+        slide.raw = AnnData(counts, obs=slide.obs, var=slide.var)
     slide.X = np.log1p(counts)
     slide.layers["scaled"] = slide.X * 0.3
     slide.layers["zeros"] = sp.csr_matrix(slide.shape)
-    for name in layers:
+    for name in set(places) - {"raw"}:
         slide.layers[name] = counts
-    with pytest.raises(ValueError, match=message):
-        read_slide(slide)
+    return slide
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_the_sentence_names_raw_and_its_advice_works(dense):
+@pytest.mark.parametrize(
+    ("places", "taken"),
+    [
+        (["counts"], r'adata\.layers\["counts"\]'),
+        (["raw_counts", "a"], r'adata\.layers\["raw_counts"\]'),
+        (["raw"], r"adata\.raw"),
+        (["raw", "raw_counts", "counts"], r'adata\.layers\["counts"\]'),
+        (["raw", "a"], r"adata\.raw"),
+    ],
+)
+def test_counts_are_found_where_they_are_and_one_line_tells_where(tmp_path, places, taken):
+    slide = normalised(*places)
+    slide.write_h5ad(tmp_path / "slide.h5ad")
+    before = slide.X.toarray()
+    message = rf"^X holds non-integers \(max \d\.\d+\): the counts of {taken} are taken$"
+    backed = anndata.read_h5ad(tmp_path / "slide.h5ad", backed="r")
+    for source in (slide, tmp_path / "slide.h5ad", backed):
+        with pytest.warns(UserWarning, match=message) as caught:
+            result = read_slide(source)
+        assert [w.filename for w in caught if "are taken" in str(w.message)] == [__file__]
+        assert_same_slide(result, make_slide())
+        if source is not backed:
+            np.testing.assert_array_equal(result.layers["X"].toarray(), before)
+    backed.file.close()
+    assert list(slide.layers) == list(normalised(*places).layers)
+    np.testing.assert_array_equal(slide.X.toarray(), before)
+
+
+def test_counts_of_x_come_first_and_a_named_layer_before_all():
     slide = make_slide()
-    slide.raw = AnnData(slide.X.toarray() if dense else slide.X.copy(), obs=slide.obs, var=slide.var)
-    slide.X = np.log1p(slide.X)
-    with pytest.raises(ValueError, match=r"adata\.raw holds integer counts, pass adata\.raw\.to_adata\(\)"):
-        read_slide(slide)
-    assert_same_slide(read_slide(slide.raw.to_adata()), make_slide())
+    for factor, name in ((2, "counts"), (3, "umi")):
+        slide.layers[name] = slide.X * factor
+    slide.raw = AnnData(slide.X * 4, obs=slide.obs, var=slide.var)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        factors = {None: 1, "X": 1, "counts": 2, "umi": 3, "raw": 4}
+        for layer, factor in factors.items():
+            result = read_slide(slide, layer=layer)
+            np.testing.assert_array_equal(result.X.toarray(), slide.X.toarray() * factor)
+
+
+def test_a_named_layer_must_be_there_and_hold_counts():
+    slide = normalised("raw")
+    with pytest.raises(ValueError, match=r"no layer 'umi': expected one of X, scaled, zeros, raw$"):
+        read_slide(slide, layer="umi")
+    with pytest.raises(ValueError, match=r'^adata\.layers\["scaled"\] holds non-integers'):
+        read_slide(slide, layer="scaled")
+
+
+def test_other_layers_are_named_but_not_taken():
+    with pytest.raises(ValueError, match=r'adata\.layers\["umi"\] holds integer counts, pass layer="umi"$'):
+        read_slide(normalised("umi"))
+    with pytest.raises(ValueError, match=r"here no layer of this slide holds them, nor does its \.raw$"):
+        read_slide(normalised())
+
+
+def test_raw_of_more_genes_brings_its_genes():
+    """What belongs to the genes of X alone is left out; spots, and what belongs to them, stay."""
+    slide = normalised("raw")
+    slide = slide[:, [4, 1]].copy()
+    slide.varm["loadings"] = np.ones((2, 3))
+    with pytest.warns(UserWarning, match=r"the counts of adata\.raw are taken"):
+        result = read_slide(slide)
+    assert_same_slide(result, make_slide())
+    assert list(result.var_names) == list(make_slide().var_names)
+    assert (list(result.layers), list(result.varm), list(result.obsm)) == ([], [], ["spatial"])
 
 
 def test_values_that_are_no_real_numbers():

@@ -1,0 +1,54 @@
+"""What every reader of slides says: errors of parsers in one sentence, warnings in the name of whoever called."""
+
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+_PACKAGE = str(Path(__file__).parent)
+# Legacy ST names a spot by its place, XxY, sometimes after the name of its section: 10x13, 13.064x6.086, A1_HE_15x16.
+_SPOT_NAME = re.compile(r"(?:^|_)(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)$")
+
+
+@contextmanager
+def reading(name: str, kind: str) -> Iterator[None]:
+    """Turn whatever a parser throws into one ValueError. Only parsing belongs inside: checks say more outside."""
+    try:
+        yield
+    except (MemoryError, ImportError):
+        raise
+    # Parsers of damaged files raise nearly anything: OSError, EOFError, KeyError, TypeError, zlib.error.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name} is damaged, cut short or not {kind} ({reason}): fetch or export it again") from error
+
+
+def tell(message: str) -> None:
+    """A warning in the name of the code that called the library, however deep inside it is given."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def finite(column: pd.Series, what: str) -> np.ndarray:
+    """float64 (num_spots): the positions of one column. ValueError where one is missing, infinite or no number."""
+    values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise ValueError(
+            f"{what} holds {bad.size} values that are no finite number (the first: {column.iloc[bad[0]]} at spot "
+            f"{column.index[bad[0]]}): give every spot its position, or leave these spots out"
+        )
+    return values
+
+
+def positions_in_names(names: Iterable[str]) -> np.ndarray | None:
+    """X and Y of spots that are all named XxY: float64 (num_spots, 2). None where one of them, or every one, is not."""
+    matches = [_SPOT_NAME.search(name) for name in names]
+    return np.array([match.groups() for match in matches], np.float64) if matches and all(matches) else None
