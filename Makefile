@@ -11,7 +11,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[plot,data,train,eval,dev]'
+		--editable '.[plot,spatialdata,data,train,eval,dev]'
 	touch $@
 
 # Phantom tissue -> pretraining -> embeddings of slides the model has not seen -> probe table with all baselines.

@@ -86,8 +86,9 @@ def _find_sites(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _, fault = min(faults)
     raise ValueError(
         f"the pixel coordinates of {len(points)} spots are no regular array ({fault}), expected spots on a staggered "
-        "or square array: bin segmented cells to a square grid first, i.e. sum the counts of the cells in each bin, "
-        'and give obs["array_row"] and obs["array_col"] of the bins'
+        "or square array: bin segmented cells to a square grid, i.e. sum the counts of the cells in each bin, with "
+        "bin_size=50 (--bin-size 50, in um); tell several slides apart with slide_key (--slide-key); or give "
+        'obs["array_row"] and obs["array_col"]'
     )
 
 
