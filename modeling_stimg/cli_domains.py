@@ -60,10 +60,10 @@ def domains(
     from .cli_slides import Job, finished, for_every_slide, has_embedding, hush, plan, this_process
     from .domains import domain_settings, find_domains
     from .keys import DOMAIN, EMBEDDING, OF_DOMAINS, OF_EMBEDDING
+    from .parsing import reading
     from .pl import domains as domain_map
     from .plotting import save_figure
     from .provenance import embedding_settings, same_settings
-    from .parsing import reading
     from .writing import write_h5ad, written_whole
 
     hush(quiet)

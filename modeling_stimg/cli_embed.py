@@ -143,9 +143,7 @@ class Reading:
 
         if self.bin_size is not None:
             return read_cells(slide, layer=self.layer)
-        return read_slide(
-            slide, layer=self.layer, slide_key=self.slide_key, microns_per_pixel=self.microns_per_pixel
-        )
+        return read_slide(slide, layer=self.layer, slide_key=self.slide_key, microns_per_pixel=self.microns_per_pixel)
 
     def embed(self, adata: Any, network: Any, processor: Any, **options: Any) -> None:
         """`embed_slide` on what `read` gave, and in `uns["stimg"]` how it was read."""
