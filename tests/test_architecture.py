@@ -16,8 +16,9 @@ ALLOWED = {
     "eval/baselines": {"modeling_stimg", "data_processing", "eval", "train"},
     # What is published tells of all the others.
     "model_cards": {"modeling_stimg", "data_processing", "train", "eval", "model_cards"},
+    "docs": {"modeling_stimg", "data_processing", "docs"},
 }
-ROOMS = {"modeling_stimg", "data_processing", "train", "eval", "model_cards"}
+ROOMS = {"modeling_stimg", "data_processing", "train", "eval", "model_cards", "docs"}
 # All of them come with transformers.
 HUB_IMPORTS = {"numpy", "torch", "transformers", "huggingface_hub", "safetensors", "tqdm"}
 
