@@ -48,9 +48,10 @@ DOMAIN_COLOURS = COLOURS[: len(DOMAINS)]
 
 def phantom_slide(processor: STPatchProcessor, model: Path, seed: int = SLIDE_SEED) -> AnnData:
     """A slide of 32 x 32 sites whose genes the model knows: the phantom's own where it learnt of them, else renamed."""
-    tissue = PhantomTissue.create(num_genes=NUM_GENES, seed=TISSUE_SEED)
+    num_genes = min(NUM_GENES, len(processor.vocabulary))
+    tissue = PhantomTissue.create(num_genes=num_genes, seed=TISSUE_SEED)
     if (processor.vocabulary.encode(tissue.gene_names) < 0).any():
-        tissue = replace(tissue, gene_names=abundant_genes(model, NUM_GENES))
+        tissue = replace(tissue, gene_names=abundant_genes(model, num_genes))
     adata = tissue.slide(seed)
     adata.uns["label_colors"] = list(DOMAIN_COLOURS)
     return adata
