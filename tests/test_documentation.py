@@ -143,7 +143,7 @@ def test_commands_of_a_page_exist_with_their_options(name: str, desk: Path, no_f
 
 @pytest.mark.parametrize("line", ["stimg embed a.h5ad --output b.h5ad --no-such 1", "stimg sing a.h5ad", "make tea"])
 def test_a_command_that_is_not_there_is_found_out(line: str, no_further_than_parsing: None):
-    with pytest.raises(AssertionError, match="No such option|no command|no target tea"):
+    with pytest.raises(AssertionError, match=r"No such option|no command|no target tea"):
         check_command(line.split())
 
 
