@@ -80,7 +80,9 @@ def execute(name: str, namespace: dict) -> int:
                 done += 1
         elif block.language == "bash":
             for words in command_lines(block.text):
-                if words[0] == "stimg" and ("cuda" not in words or torch.cuda.is_available()):
+                # `stimg app` serves until it is stopped.
+                ends = words[:2] != ["stimg", "app"] and ("cuda" not in words or torch.cuda.is_available())
+                if words[0] == "stimg" and ends:
                     run = run_command(words)
                     assert run.returncode == 0, f"{name}: {' '.join(words)}: {run.stderr}"
                     done += 1
