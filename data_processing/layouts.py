@@ -20,10 +20,10 @@ import scipy.sparse as sp
 from anndata import AnnData, read_h5ad, read_zarr
 from anndata.io import read_elem
 
-from data_processing.archives import gunzip, is_archive, unpack
 from data_processing.sources import Source
 from data_processing.space_ranger_samples import MATRIX, Sample, arrange, find_samples, link
 from modeling_stimg import read_slide
+from modeling_stimg.archives import gunzip, is_archive, unpack
 from modeling_stimg.counts_stimg import check_counts
 from modeling_stimg.parsing import reading
 from modeling_stimg.spatialdata_reading import check_codecs

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_processing.archives import gunzip
+from modeling_stimg.archives import gunzip
 
 MATRIX = "filtered_feature_bc_matrix"
 _H5 = re.compile(rf"{MATRIX}\.h5(?:\.gz)?$")

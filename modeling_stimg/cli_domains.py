@@ -56,10 +56,11 @@ def domains(
     """
     from anndata import read_h5ad
 
-    from .cli_embed import Reading, load_encoder
+    from .cli_embed import Reading
     from .cli_slides import Job, finished, for_every_slide, has_embedding, hush, plan, this_process
     from .domains import domain_settings, find_domains
     from .keys import DOMAIN, EMBEDDING, OF_DOMAINS, OF_EMBEDDING
+    from .loading import load_encoder
     from .parsing import reading
     from .pl import domains as domain_map
     from .plotting import save_figure

@@ -60,6 +60,7 @@ def embed(
     from .cli_slides import Job, finished, for_every_slide, hush, plan, this_process
     from .domains import find_domains
     from .keys import EMBEDDING, OF_EMBEDDING
+    from .loading import load_encoder
     from .pl import domains
     from .plotting import save_figure
     from .provenance import embedding_settings, same_settings
@@ -161,30 +162,3 @@ class Reading:
         )
         # The counts are in X by now, wherever the slide had them.
         tell(adata.uns, OF_EMBEDDING, EMBEDDING, told(adata.uns, OF_EMBEDDING)[EMBEDDING] | self.settings)
-
-
-def load_encoder(model: str | None, revision: str | None, device: str | None) -> tuple[Any, Any, str]:
-    """The encoder, on its device, its processor, and the device: a GPU where none is named and there is one.
-
-    Raises:
-        ValueError, OSError: no such device, or no such model.
-    """
-    from .hub import find_model
-    from .modeling_stimg import STImageMAEModel
-    from .processing_stimg import STPatchProcessor
-
-    device = usable(device)
-    folder = find_model(model, revision).folder
-    processor = STPatchProcessor.from_pretrained(folder)
-    return STImageMAEModel.from_pretrained(folder).to(device), processor, device
-
-
-def usable(device: str | None) -> str:
-    """A device by its name, checked; where none is named, a GPU where there is one."""
-    import torch
-
-    from .slide_image_stimg import usable_device
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return str(usable_device(device))

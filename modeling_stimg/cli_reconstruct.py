@@ -62,10 +62,10 @@ def reconstruct(
 
     Values are log1p of counts per the model's target_sum, of every spot of the region and every gene.
     """
-    from .cli_embed import usable
     from .cli_slides import hush
     from .embedding import reconstruct_region
     from .hub import find_model
+    from .loading import load_decoder, usable
     from .plotting import check_figure_path
     from .processing_stimg import STPatchProcessor
     from .slides import read_slide
@@ -105,23 +105,6 @@ def reconstruct(
         typer.echo(f"{predicted.shape[1]:,} genes of {len(predicted):,} spots are predicted in {output}.", err=True)
 
 
-def load_decoder(folder: Path) -> Any:
-    """A model with its decoder.
-
-    Raises:
-        ValueError: the folder holds an encoder alone, whose decoder would be one of random numbers.
-    """
-    from .modeling_stimg import STImageMAEForPreTraining
-
-    network, loaded = STImageMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
-    if loaded["missing_keys"]:
-        raise ValueError(
-            f"The model in {folder} lacks {len(loaded['missing_keys'])} weights of its decoder "
-            f"(e.g. {min(loaded['missing_keys'])}): reconstruct with one that was saved as STImageMAEForPreTraining."
-        )
-    return network
-
-
 def region(adata: "AnnData", spots: str) -> Any:
     """What `reconstruct_region` takes: a column's name, or, of `COLUMN=VALUE`, bool (n_obs,).
 
@@ -157,19 +140,13 @@ def write_prediction(adata: "AnnData", predicted: "pd.DataFrame", spots: Any, ou
 
 def draw_maps(adata: "AnnData", processor: Any, predicted: "pd.DataFrame", path: Path) -> None:
     """Maps of the first genes of a prediction as an image file, a row a gene."""
-    import numpy as np
-
-    from .embedding import named_genes
+    from .embedding import measured_expression
     from .pl import reconstruction
     from .plotting import new_figure, save_figure
 
     shown = [str(name) for name in predicted.columns[:NUM_MAPS]]
-    image = processor.slide_to_image(adata, on_duplicate="first")
-    numbers, _ = named_genes(adata, image, processor, np.zeros(image.num_spots, dtype=bool), shown)
+    measured = measured_expression(adata, processor, shown)
     figure = new_figure(12, 3.8 * len(shown))
-    for row, name, number in zip(figure.subplots(len(shown), 3, squeeze=False), shown, numbers, strict=True):
-        values = np.full(image.num_spots, 0.0 if number in image.measured else np.nan)
-        entries = np.flatnonzero(np.asarray(image.indices) == number)
-        values[np.searchsorted(image.indptr, entries, side="right") - 1] = np.asarray(image.values)[entries]
-        reconstruction(adata, predicted, name, measured=values[image.spot_of_obs], ax=row)
+    for row, name in zip(figure.subplots(len(shown), 3, squeeze=False), shown, strict=True):
+        reconstruction(adata, predicted, name, measured=measured[name].to_numpy(), ax=row)
     save_figure(figure, path)

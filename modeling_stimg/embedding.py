@@ -153,6 +153,31 @@ def reconstruct_region(
     return pd.DataFrame(predicted[row[image.spot_of_obs[region]]], index=adata.obs_names[region], columns=names)
 
 
+def measured_expression(slide: AnnData, processor: STPatchProcessor, genes: Sequence[str]) -> pd.DataFrame:
+    """What was measured of genes, in the units of `reconstruct_region`: what to hold a prediction against.
+
+    Args:
+        slide: as `read_slide` gives it; it stays as it is. processor: of the model that predicts. genes: as in
+            `reconstruct_region`.
+
+    Returns:
+        float64 (n_obs, genes), log1p of counts per the processor's `target_sum`, a column a gene as it was asked for;
+        NaN where the slide does not have the gene. Spots on one array position have the values of the first.
+
+    Raises:
+        ValueError: an unknown gene, or a slide that `embed_slide` refuses.
+    """
+    image = processor.slide_to_image(slide, on_duplicate="first")
+    numbers, _ = named_genes(slide, image, processor, np.zeros(image.num_spots, dtype=bool), genes)
+    columns = {}
+    for name, number in zip(genes, numbers, strict=True):
+        values = np.full(image.num_spots, 0.0 if number in image.measured else np.nan)
+        entries = np.flatnonzero(np.asarray(image.indices) == number)
+        values[np.searchsorted(image.indptr, entries, side="right") - 1] = np.asarray(image.values)[entries]
+        columns[name] = values[image.spot_of_obs]
+    return pd.DataFrame(columns, index=slide.obs_names)
+
+
 def _region(adata: AnnData, spots: Sequence[bool] | np.ndarray | pd.Series | str) -> np.ndarray:
     """bool (n_obs,): the spots of a region, told by themselves or by a column of `obs`."""
     told = "spots"

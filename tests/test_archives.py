@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data_processing import archives
-from data_processing.archives import gunzip, is_archive, unpack
+from modeling_stimg import archives
+from modeling_stimg.archives import gunzip, is_archive, unpack
 
 FILES = {"outs/a.txt": b"first", "outs/spatial/b.bin": bytes(range(256)) * 40, "empty": b""}
 KINDS = ("zip", "tar", "tar.gz", "tar.bz2", "tar.xz")
