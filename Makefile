@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BROWSER := $(VENV)/.browser
 
 .PHONY: demo test test-transformers lint clean
 
@@ -11,8 +12,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[plot,spatialdata,data,train,eval,dev]'
+		--editable '.[plot,spatialdata,app,data,train,eval,dev]'
 	touch $@
+
+# A browser for the test of the page, from Debian's packages. Without it that test is skipped and says what is missing,
+# and the next `make test` tries again.
+$(BROWSER): | $(STAMP)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing chromium and chromium-driver for the test of the page."; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		timeout 300 sh -c 'apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver' \
+			>$(VENV)/browser.log 2>&1 && touch $@ || echo "No browser could be installed: see $(VENV)/browser.log."; \
+	fi
 
 # Phantom tissue -> pretraining -> embeddings of slides the model has not seen -> probe table with all baselines.
 demo: $(STAMP)
@@ -28,7 +40,7 @@ demo: $(STAMP)
 	@echo "The table is demo/table.md, the figures are demo/maps_slides.png, demo/ari.png and demo/smoothing.png."
 
 # A file a process: fixtures are shared within a file. A thread each, so that processes do not wait for each other.
-test: $(STAMP) lint
+test: $(STAMP) $(BROWSER) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # What depends on transformers, with another version of it: make test-transformers VERSION=5.17.0

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from .cli_app import app as page
 from .cli_domains import domains
 from .cli_embed import embed
 from .cli_inspect import inspect
@@ -42,6 +43,7 @@ app.command()(_interruptible(inspect))
 app.command()(_interruptible(embed))
 app.command()(_interruptible(domains))
 app.command(cls=ManyValues)(_interruptible(reconstruct))
+app.command()(_interruptible(page))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
