@@ -26,7 +26,7 @@ from modeling_stimg import read_slide
 from modeling_stimg.archives import gunzip, is_archive, unpack
 from modeling_stimg.counts_stimg import check_counts
 from modeling_stimg.parsing import reading
-from modeling_stimg.spatialdata_reading import check_codecs
+from modeling_stimg.spatialdata_reading import check_arrays
 
 ReadSlide = Callable[[], AnnData]
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
@@ -176,7 +176,7 @@ def _read_zarr(files: Mapping[str, Path], scratch: Path) -> dict[str, ReadSlide]
         raise _nothing(files, "zarr store with an AnnData in tables/")
     slides: dict[str, ReadSlide] = {}
     for (label, folder), store in zip(tables.items(), stores, strict=True):
-        check_codecs(folder)
+        check_arrays(folder)
         name = store.removesuffix(".zarr") or "table"
         for region in _regions(folder, label):
             read = partial(_read_region, folder, label or folder.name, region)

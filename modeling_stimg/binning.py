@@ -1,14 +1,15 @@
 """Cells at any positions -> square bins with summed counts: an image that a model can look at."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
+from .compaction_stimg import MAX_SITES
 from .keys import BIN
 from .slides import positions, read_cells, slide_rows
-
-_MAX_SITES = 100_000_000  # of a grid; 500 x 500 mm of bins of 50 um
 
 
 def bin_cells(
@@ -80,16 +81,23 @@ def bin_cells(
 
 def _scale_of_space_ranger(cells: AnnData) -> float:
     """Microns per pixel, of the scale factors of Visium HD; 1 without them."""
-    for library in cells.uns.get("spatial", {}).values():
-        if isinstance(library, dict) and "microns_per_pixel" in library.get("scalefactors", {}):
-            return float(library["scalefactors"]["microns_per_pixel"])
+    spatial = cells.uns.get("spatial")
+    for library in spatial.values() if isinstance(spatial, Mapping) else ():
+        scales = library.get("scalefactors") if isinstance(library, Mapping) else None
+        if isinstance(scales, Mapping) and "microns_per_pixel" in scales:
+            try:
+                return float(scales["microns_per_pixel"])
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"the slide's scale factors say that microns_per_pixel is {scales['microns_per_pixel']!r}: give it"
+                ) from None
     return 1.0
 
 
 def _check_grid(site: np.ndarray, bin_size: float) -> None:
     """`site`: float (num_cells, 2), rows and columns of bins from 0. A unit that is not um shows in their range."""
     height, width = site.max(axis=0) + 1
-    if height * width > _MAX_SITES:
+    if not height * width <= MAX_SITES:  # nor where it is no number
         raise ValueError(
             f"bins of {bin_size:g} um would make a grid of {height:,.0f} x {width:,.0f}: are the positions in pixels? "
             "Then give microns_per_pixel, or else a larger bin_size"

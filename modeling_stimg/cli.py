@@ -4,7 +4,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -17,7 +17,10 @@ from .cli_reconstruct import reconstruct
 from .cli_slides import TOLD, sentence
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-INTERRUPTED = 130
+BAD_INPUT, INTERRUPTED = 2, 130
+_INTERRUPTION = "interrupted: no half-written file is left; the same command starts again."
+# An option that is missing, unknown or has no such value. Typer gives its class no name of its own.
+UsageError = typer.BadParameter.__mro__[1]
 
 
 @app.callback()
@@ -33,8 +36,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**arguments)
         except KeyboardInterrupt:
-            print("interrupted: no half-written file is left; the same command starts again.", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            _end(_INTERRUPTION, INTERRUPTED)
 
     return run
 
@@ -53,11 +55,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: words of the command line; None = those of this process.
     """
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(None if arguments is None else list(arguments))
+        status = app(words or ["--help"], prog_name="stimg", standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "stimg"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        _end(f"error: {message}: see {command} --help.", BAD_INPUT)
     except TOLD as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {sentence(error)}", BAD_INPUT)
+    except typer.Abort:
+        _end(_INTERRUPTION, INTERRUPTED)
+    sys.exit(status if words else BAD_INPUT)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

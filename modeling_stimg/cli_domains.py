@@ -54,14 +54,12 @@ def domains(
 
     A slide that stimg embed wrote keeps its embedding, and needs no model; any other is embedded first.
     """
-    from anndata import read_h5ad
-
     from .cli_embed import Reading
     from .cli_slides import Job, finished, for_every_slide, has_embedding, hush, plan, this_process
     from .domains import domain_settings, find_domains
     from .keys import DOMAIN, EMBEDDING, OF_DOMAINS, OF_EMBEDDING
     from .loading import load_encoder
-    from .parsing import reading
+    from .parsing import read_h5ad_file
     from .pl import domains as domain_map
     from .plotting import save_figure
     from .provenance import embedding_settings, same_settings
@@ -97,8 +95,7 @@ def domains(
             return f"{job.output} is there already."
         progress = not quiet and processes.first
         if job.slide in embedded:
-            with reading(job.slide, "an .h5ad file"):
-                adata = read_h5ad(job.slide)
+            adata = read_h5ad_file(Path(job.slide))
         else:
             adata = how.read(job.slide)
             how.embed(adata, network, processor, batch_size=batch_size, device=device, seed=seed, progress=progress)

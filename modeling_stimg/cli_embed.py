@@ -95,7 +95,7 @@ def embed(
             return f"{job.output} is there already."
         adata = how.read(job.slide)
         if plot is not None and num_domains > adata.n_obs:
-            raise ValueError(f"--num-domains is {num_domains}, but the slide has {adata.n_obs} spots.")
+            raise ValueError(f"--num-domains is {num_domains}, but the slide has {adata.n_obs} spots: expected fewer.")
         progress = not quiet and processes.first
         how.embed(
             adata, network, processor, **options, batch_size=batch_size, device=device, seed=seed, progress=progress

@@ -37,19 +37,22 @@ def inspect(
 
     from tqdm.auto import tqdm
 
+    from .cli_slides import TOLD, sentence
     from .genes_stimg import GeneVocabulary
     from .hub import find_model
     from .inspection import inspect_slide
     from .processing_stimg import STPatchProcessor
     from .slides import read_slide, slide_rows
-    from .writing import written_whole
+    from .writing import check_place, written_whole
 
     if model is None and revision is not None:
         raise ValueError("--revision is given without --model: it tells which state of a Hub model is meant.")
     if model is not None and genes is not None:
         raise ValueError("Both --model and --genes are given: pass one of them.")
-    if table is not None and not table.parent.is_dir():
-        raise FileNotFoundError(f"The folder of {table} does not exist: make it first.")
+    if table is not None:
+        if table.is_dir():
+            raise ValueError(f"--table is {table}, a folder: expected a file name, such as {table / 'slides.tsv'}.")
+        check_place(table, *slides, *([] if genes is None else [genes]))
     vocabulary = None if genes is None else GeneVocabulary.from_table(genes)
     if model is not None:
         vocabulary = STPatchProcessor.from_pretrained(find_model(model, revision, weights=False).folder).vocabulary
@@ -67,8 +70,8 @@ def inspect(
                 continue
             for part, spots in slide_rows(adata, slide_key).items():
                 rows.append(inspect_slide(adata[spots], vocabulary, compaction, window_size, f"{shown}/{part}"))
-        except (ValueError, OSError, ImportError) as error:
-            message = " ".join(str(error).split())
+        except TOLD as error:
+            message = sentence(error)
             failures.append(message if slide in message else f"{slide}: {message}")
     for row in rows:
         if len(slides) > 1 or slide_key is not None:

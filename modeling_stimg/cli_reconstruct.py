@@ -69,7 +69,7 @@ def reconstruct(
     from .plotting import check_figure_path
     from .processing_stimg import STPatchProcessor
     from .slides import read_slide
-    from .writing import written_whole
+    from .writing import check_place, written_whole
 
     hush(quiet)
     if not output.name.endswith((*_TABLES, ".h5ad")) or output.is_dir():
@@ -77,8 +77,8 @@ def reconstruct(
     if plot is not None:
         check_figure_path(plot)
     for path in (output, plot):
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"The folder of {path} does not exist: make it first.")
+        if path is not None:
+            check_place(path, slide)
     device = usable(device)
     folder = find_model(model, revision).folder
     processor, network = STPatchProcessor.from_pretrained(folder), load_decoder(folder)

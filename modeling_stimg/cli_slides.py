@@ -13,8 +13,8 @@ import typer
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-# What bad input raises, in a sentence.
-TOLD = (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError)
+# What bad input raises, in a sentence; and what is asked of a machine that is too small for it.
+TOLD = (ValueError, OSError, ImportError, MemoryError, StrictDataclassError, SafetensorError)
 _SUFFIXES = (".gz", ".h5ad", ".tsv", ".txt", ".zarr")
 # Slides are not equally large: the first process to end waits for the last one.
 _PATIENCE = timedelta(days=14)
@@ -22,6 +22,10 @@ _PATIENCE = timedelta(days=14)
 
 def sentence(error: BaseException) -> str:
     """What an error of `TOLD` says, on one line."""
+    if isinstance(error, MemoryError):
+        asked = " ".join(str(error).split())
+        told = f" ({asked})" if asked else ""
+        return f"There is not enough memory{told}: expected a smaller slide, or a machine with more of it."
     # A damaged config says what is wrong in the cause of the error that names its class.
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
     return " ".join(str(cause or error).split()) or type(error).__name__
@@ -62,6 +66,7 @@ def plan(slides: Sequence[str], output: Path, plot: Path | None) -> list[Job]:
         FileNotFoundError: no folder to write in. ImportError: a figure without Matplotlib.
     """
     from .plotting import check_figure_path
+    from .writing import check_place
 
     into_folder = len(slides) > 1 or output.is_dir()
     if not into_folder and output.suffix != ".h5ad":
@@ -73,8 +78,9 @@ def plan(slides: Sequence[str], output: Path, plot: Path | None) -> list[Job]:
     if plot is not None:
         check_figure_path(plot / "map.png" if into_folder else plot)
     for path in (output, plot):
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"The folder of {path} does not exist: make it first.")
+        if path is not None:
+            # Names in a folder are looked at below.
+            check_place(path / "any" if path.is_dir() else path, *([] if into_folder else slides))
     if not into_folder:
         return [Job(slides[0], output, plot, resumed=False)]
     names = [slide_name(slide) for slide in slides]
@@ -137,7 +143,7 @@ def uns_of(path: Path) -> dict[str, Any]:
     try:
         with h5py.File(path, "r") as file:
             return dict(read_elem(file[f"uns/{UNS}"])) if f"uns/{UNS}" in file else {}
-    except OSError:  # no HDF5
+    except (OSError, KeyError, RuntimeError):  # no HDF5, or a damaged one
         return {}
 
 
@@ -150,7 +156,7 @@ def has_embedding(slide: str, key: str) -> bool:
     try:
         with h5py.File(slide, "r") as file:
             return f"obsm/{key}" in file
-    except OSError:  # read_slide says what is wrong with it
+    except (OSError, KeyError, RuntimeError):  # read_slide says what is wrong with it
         return False
 
 

@@ -16,6 +16,8 @@
 import numpy as np
 
 COMPACTIONS = ("lattice", "rank", "minmax")
+# Of a grid; the finest arrays have some ten million.
+MAX_SITES = 100_000_000
 # Highest grid index of `"minmax"`.
 MINMAX_RANGE = 139
 
@@ -62,6 +64,16 @@ def compact(array_row: np.ndarray, array_col: np.ndarray, compaction: str) -> tu
     return _rank(array_row), _rank(array_col)
 
 
+def check_grid(grid_row: np.ndarray, grid_col: np.ndarray) -> None:
+    """ValueError where a grid (both int64 (num_spots,), from `compact`) is larger than any array of spots."""
+    height, width = int(grid_row.max()) + 1, int(grid_col.max()) + 1
+    if height * width > MAX_SITES:
+        raise ValueError(
+            f"The array positions of {len(grid_row):,} spots make a grid of {height:,} x {width:,} sites: expected "
+            "rows and columns of an array; coordinates of cells have to be binned, with bin_size=50 (--bin-size 50)."
+        )
+
+
 def is_staggered(array_row: np.ndarray, array_col: np.ndarray) -> bool:
     """Whether all spots lie on one colour of a checkerboard, as Visium's do (`array_row + array_col` always even)."""
     parity = (array_row + array_col) & 1
@@ -81,4 +93,4 @@ def _stretch(levels: np.ndarray) -> np.ndarray:
     return (2 * levels * MINMAX_RANGE + span) // (2 * span)
 
 
-__all__ = ["COMPACTIONS", "compact", "is_staggered"]
+__all__ = ["COMPACTIONS", "MAX_SITES", "check_grid", "compact", "is_staggered"]

@@ -173,6 +173,7 @@ def site_neighbours(adata: AnnData, radius: int) -> sp.csr_matrix:
     model; spots on one position are all in.
     """
     rows, cols = compact(*spot_positions(adata), "lattice")
+    radius = min(radius, int(max(rows.max(), cols.max())))  # further there is nothing
     grid = np.full((rows.max() + 1 + 2 * radius, cols.max() + 1 + 2 * radius), -1, dtype=np.int64)
     sites, site_of_spot = np.unique(np.stack([rows, cols], axis=1), axis=0, return_inverse=True)
     site_of_spot = site_of_spot.reshape(-1)

@@ -198,7 +198,7 @@ def _region(adata: AnnData, spots: Sequence[bool] | np.ndarray | pd.Series | str
             f'adata.obs["label"] == "layer 1".'
         )
     if not region.any():
-        raise ValueError(f"{told} is True for no spot: there is no region to reconstruct.")
+        raise ValueError(f"{told} is True for no spot: expected a region to reconstruct.")
     return region
 
 

@@ -78,8 +78,8 @@ def embedding_options(model: Any, processor: Any, **given: Any) -> dict[str, Any
     options["projected"] = _is_projected(model.config, options)
     if options["stride"] > processor.window_size:
         raise ValueError(
-            f"stride is {options['stride']}, larger than the window ({processor.window_size}): spots between windows "
-            "would be left out."
+            f"stride is {options['stride']}, larger than the window ({processor.window_size}), and spots between "
+            f"windows would be left out: expected 1 to {processor.window_size}."
         )
     return options
 
@@ -366,6 +366,7 @@ def neighbourhood_mean(image: SlideImage, features: np.ndarray, radius: int) -> 
     Returns:
         float64 (num_spots, width).
     """
+    radius = min(radius, max(image.height, image.width) - 1)  # further there is nothing
     total = np.zeros(features.shape, dtype=np.float64)
     count = np.zeros(image.num_spots)
     padded = np.pad(image.spot_grid, radius, constant_values=-1)

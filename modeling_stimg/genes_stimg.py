@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ VAR_NAME_COLUMNS = ("gene_name", "gene_names", "feature_name", "gene_symbol", "s
 
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?$")
 _VERSION = re.compile(r"^(ENS[A-Z]*G\d{11})\.\d+$")
+# What symbols look like: human ones are capitals and digits, mouse's start with a capital alone (Actb, mt-Nd1). A
+# reference of two genomes puts the genome before the name (GRCh38_ENSG00000075624, mm10___Actb).
+_MOUSE_SYMBOL = re.compile(r"(?:[A-Z]|mt-[A-Z])[a-z0-9]*[a-z][A-Za-z0-9.-]*$")
+_GENOME = re.compile(r"(GRC[hmr]\d+|hg\d+|mm\d+|rn\d+)_+")
 
 
 def strip_version(name: str) -> str:
@@ -93,6 +98,18 @@ class SlideGenes:
     def by_id(self) -> bool:
         """Whether most genes have an Ensembl id."""
         return bool(np.mean([gene != "" for gene in self.ids] or [0.0]) > 0.5)
+
+    @property
+    def looks_like_mouse(self) -> bool:
+        """Whether most genes are named as mouse genes are: `ENSMUSG...`, or symbols such as `Actb`."""
+        named = [gene.startswith("ENSMUSG") for gene in self.ids if gene]
+        named = named or [_MOUSE_SYMBOL.match(symbol) is not None for symbol in self.symbols if symbol]
+        return bool(np.mean(named or [False]) > 0.5)
+
+    @property
+    def genomes(self) -> list[str]:
+        """Names of genomes that stand before names of genes, where several were read together."""
+        return sorted({found[1] for found in map(_GENOME.match, (*self.ids, *self.symbols)) if found})
 
     @property
     def example(self) -> str:
@@ -201,17 +218,25 @@ class GeneVocabulary:
             ValueError: the columns are missing, or a gene id is listed twice.
         """
         opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t")
-            missing = {"gene_id", "gene_name"} - set(rows.fieldnames or ())
-            if missing:
-                raise ValueError(
-                    f"{os.path.basename(path)} has the columns {rows.fieldnames}: a gene table needs "
-                    "'gene_id' and 'gene_name', tab-separated."
-                )
-            genes = [
-                (strip_version(r["gene_id"]), r["gene_name"] or "", (r.get("aliases") or "").split("|")) for r in rows
-            ]
+        try:
+            with opener(path, "rt", encoding="utf-8", newline="") as file:
+                rows = csv.DictReader(file, delimiter="\t")
+                columns = list(rows.fieldnames or ())
+                lines = list(rows) if {"gene_id", "gene_name"} <= set(columns) else None
+        except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{os.path.basename(path)} is no gene table ({error}): expected text with the columns 'gene_id' and "
+                "'gene_name', tab-separated."
+            ) from error
+        if lines is None:
+            raise ValueError(
+                f"{os.path.basename(path)} has the columns {columns}: a gene table needs 'gene_id' and 'gene_name', "
+                "tab-separated."
+            )
+        genes = [
+            (strip_version(r["gene_id"] or ""), r["gene_name"] or "", (r.get("aliases") or "").split("|"))
+            for r in lines
+        ]
         ids, names, aliases = zip(*genes, strict=True) if genes else ((), (), ())
         counts = Counter(n for n in names if n)
         pairs = [(a.strip(), g) for g, more in zip(ids, aliases, strict=True) for a in more if a.strip()]
@@ -350,10 +375,24 @@ class GeneVocabulary:
         if match.num_matched < max(MIN_MATCHED_GENES, MIN_MATCHED_SHARE * match.num_genes):
             raise ValueError(
                 f"The slide {match} with the vocabulary (e.g. {genes.example!r} against {self.gene_ids[0]!r}): at "
-                f"least {MIN_MATCHED_GENES} genes and {MIN_MATCHED_SHARE:.0%} must match; name genes by human Ensembl "
-                "id or symbol in var_names or var['gene_ids']."
+                f"least {MIN_MATCHED_GENES} genes and {MIN_MATCHED_SHARE:.0%} must match; {self._advice(genes)}."
             )
         return match
+
+    def _advice(self, genes: SlideGenes) -> str:
+        """What to do about a slide whose genes are not known."""
+        own = SlideGenes([gene if is_ensembl(gene) else "" for gene in self.gene_ids], self.gene_names)
+        if genes.looks_like_mouse and not own.looks_like_mouse:
+            return (
+                "they look like genes of the mouse, and the model knows human ones: take a model of mouse slides, or "
+                "name each gene by its human orthologue"
+            )
+        if genes.genomes:
+            return (
+                f"names start with a genome ({', '.join(genes.genomes)}): keep the genes of one genome, and take that "
+                "off their names"
+            )
+        return "name genes by human Ensembl id or symbol in var_names or var['gene_ids']"
 
     def _numbers(self, genes: SlideGenes) -> np.ndarray:
         """Numbers int64 (n,) of genes by their most precise name, -1 where unknown."""

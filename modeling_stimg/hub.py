@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .model_files import check_model_files, check_model_type
+from .model_files import check_model_files, check_model_type, read_json
 
 PROCESSOR_FILE = "preprocessor_config.json"
 # All that the package reads of a repository; its code files are this package's own.
@@ -90,7 +90,9 @@ def find_files(given: str, files: Sequence[str], revision: str | None = None, ki
     folder = Path(given)
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"{given} is a folder and has no revision {revision!r}: only the Hub has revisions.")
+            raise ValueError(
+                f"{given} is a folder and has no revision {revision!r}: leave it out, or name a model of the Hub."
+            )
         return Found(folder.resolve().name, folder)
     name, at, named = given.partition("@")
     if folder.is_absolute() or given.startswith(".") or not _REPOSITORY.fullmatch(name) or (at and not named):
@@ -109,6 +111,7 @@ def _check(folder: Path, given: str, weights: bool) -> None:
         raise FileNotFoundError(
             f"{given} holds no {PROCESSOR_FILE}: expected a model folder, as train/run_pretrain.py writes it."
         )
+    read_json(folder / PROCESSOR_FILE, given)
     if weights:
         check_model_files(folder, given)
     else:

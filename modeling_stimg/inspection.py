@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from anndata import AnnData
 
-from .compaction_stimg import compact, is_staggered
+from .compaction_stimg import check_grid, compact, is_staggered
 from .genes_stimg import GeneVocabulary
 from .slide_image_stimg import window_counts
 
@@ -66,10 +66,11 @@ def inspect_slide(
     """Look at a slide as `read_slide` gives it.
 
     Raises:
-        ValueError: an unknown `compaction`, or hardly any gene that the vocabulary knows.
+        ValueError: an unknown `compaction`, positions of no array, or hardly any gene that the vocabulary knows.
     """
     row, col = adata.obs["array_row"].to_numpy(), adata.obs["array_col"].to_numpy()
     grid_row, grid_col = compact(row, col, compaction)
+    check_grid(grid_row, grid_col)
     occupied = np.zeros((grid_row.max() + 1, grid_col.max() + 1), dtype=bool)
     occupied[grid_row, grid_col] = True
     counts = np.asarray(adata.X.sum(axis=1)).ravel()

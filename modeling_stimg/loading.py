@@ -12,30 +12,26 @@ def load_encoder(model: str | None, revision: str | None, device: str | None) ->
         ValueError, OSError: no such device, or no such model.
     """
     from .hub import find_model
+    from .model_files import load_whole
     from .modeling_stimg import STImageMAEModel
     from .processing_stimg import STPatchProcessor
 
     device = usable(device)
     folder = find_model(model, revision).folder
     processor = STPatchProcessor.from_pretrained(folder)
-    return STImageMAEModel.from_pretrained(folder).to(device), processor, device
+    return load_whole(STImageMAEModel, folder).to(device), processor, device
 
 
 def load_decoder(folder: Path) -> Any:
     """A model with its decoder.
 
     Raises:
-        ValueError: the folder holds an encoder alone, whose decoder would be one of random numbers.
+        ValueError: as `load_whole`; an encoder alone, whose decoder would be one of random numbers, is not enough.
     """
+    from .model_files import load_whole
     from .modeling_stimg import STImageMAEForPreTraining
 
-    network, loaded = STImageMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
-    if loaded["missing_keys"]:
-        raise ValueError(
-            f"The model in {folder} lacks {len(loaded['missing_keys'])} weights of its decoder "
-            f"(e.g. {min(loaded['missing_keys'])}): reconstruct with one that was saved as STImageMAEForPreTraining."
-        )
-    return network
+    return load_whole(STImageMAEForPreTraining, folder)
 
 
 @dataclass(frozen=True)
@@ -60,13 +56,14 @@ def load_model(model: str | None, revision: str | None = None, device: str | Non
         ValueError, OSError: no such device, or no such model.
     """
     from .hub import find_model
+    from .model_files import load_whole
     from .modeling_stimg import STImageMAEModel
     from .processing_stimg import STPatchProcessor
 
     device = usable(device)
     found = find_model(model, revision)
     has_decoder = any(name.startswith("decoder.") for name in weight_names(found.folder))
-    network = load_decoder(found.folder) if has_decoder else STImageMAEModel.from_pretrained(found.folder)
+    network = load_decoder(found.folder) if has_decoder else load_whole(STImageMAEModel, found.folder)
     processor = STPatchProcessor.from_pretrained(found.folder)
     return LoadedModel(found.hub or found.name, network.to(device).eval(), processor, has_decoder)
 

@@ -3,9 +3,10 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .configuration_stimg import STImageMAEConfig
 
@@ -47,15 +48,23 @@ def check_model_type(folder: Path, model: str) -> None:
     config = folder / CONFIG_NAME
     if not config.exists():
         raise FileNotFoundError(f"{model} holds no {CONFIG_NAME}: expected a model that train/run_pretrain.py wrote.")
-    try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config.name} of {model} holds no config ({error}): download the model again.") from error
+    found = read_json(config, model).get("model_type")
     if found != STImageMAEConfig.model_type:
         raise ValueError(
             f"{model} is a model of type {found!r} ({config.name}): expected {STImageMAEConfig.model_type!r}, a model "
             "of stimg."
         )
+
+
+def read_json(path: Path, model: str) -> dict[str, Any]:
+    """Fields of a file of a model. ValueError where it holds none; `model`: whose the message says it is."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"a {type(fields).__name__} in place of fields")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} of {model} holds no config ({error}): download the model again.") from error
+    return fields
 
 
 def check_weights(path: Path, model: str) -> None:
@@ -68,6 +77,34 @@ def check_weights(path: Path, model: str) -> None:
             f"{path.name} of {model} is damaged or cut off at {path.stat().st_size:,} bytes ({error}): download or "
             "copy it again."
         ) from error
+
+
+def load_whole(kind: Any, folder: str | os.PathLike[str]) -> Any:
+    """A model of the class `kind`, every weight of which is the file's; `from_pretrained` draws those that are missing.
+
+    Raises:
+        ValueError: weights of other shapes than the config says, or that are missing, such as those of a decoder.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of what is missing, and told below
+    try:
+        network, loaded = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    if loaded["mismatched_keys"]:
+        name, found, expected = min(loaded["mismatched_keys"])
+        raise ValueError(
+            f"The weights in {folder} do not fit its {CONFIG_NAME} in {len(loaded['mismatched_keys'])} places (e.g. "
+            f"{name} has the shape {tuple(found)}, expected {tuple(expected)}): download or copy both again."
+        )
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        whose = " of its decoder" if all(name.startswith("decoder") for name in missing) else ""
+        raise ValueError(
+            f"The model in {folder} lacks {len(missing)} weights{whose} (e.g. {missing[0]}): expected one that was "
+            f"saved as {kind.__name__}."
+        )
+    return network
 
 
 def _shards(index: Path) -> dict[str, str]:

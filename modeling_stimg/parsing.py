@@ -7,12 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
+from anndata import AnnData, read_h5ad
 
+from .declared_sizes import check_hdf5
+
+_MAX_POSITION = 2.0**53  # integers beyond it are no float64
 _PACKAGE = str(Path(__file__).parent)
 # Legacy ST names a spot by its place, XxY, sometimes after the name of its section: 10x13, 13.064x6.086, A1_HE_15x16.
-_SPOT_NAME = re.compile(r"(?:^|_)(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)$")
+_SPOT_NAME = re.compile(r"(?:^|_)(\d{1,9}(?:\.\d+)?)x(\d{1,9}(?:\.\d+)?)$")
 
 
 @contextmanager
@@ -28,6 +33,14 @@ def reading(name: str, kind: str) -> Iterator[None]:
         raise ValueError(f"{name} is damaged, cut short or not {kind} ({reason}): fetch or export it again") from error
 
 
+def read_h5ad_file(path: Path) -> AnnData:
+    """All of an .h5ad. ValueError where it is none, or cannot hold what it says it holds."""
+    with reading(path.name, "an .h5ad file"):
+        with h5py.File(path, "r") as file:
+            check_hdf5(file)
+        return read_h5ad(path)
+
+
 def tell(message: str) -> None:
     """A warning in the name of the code that called the library, however deep inside it is given."""
     level, frame = 2, sys._getframe(1)
@@ -39,7 +52,7 @@ def tell(message: str) -> None:
 def finite(column: pd.Series, what: str) -> np.ndarray:
     """float64 (num_spots): the positions of one column. ValueError where one is missing, infinite or no number."""
     values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
-    bad = np.flatnonzero(~np.isfinite(values))
+    bad = np.flatnonzero(~(np.abs(values) < _MAX_POSITION))
     if bad.size:
         raise ValueError(
             f"{what} holds {bad.size} values that are no finite number (the first: {column.iloc[bad[0]]} at spot "

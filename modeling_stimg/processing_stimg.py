@@ -323,9 +323,7 @@ class STPatchProcessor(BaseImageProcessor):
                 f"{given[unknown].tolist()[0]!r}: it holds {len(self.vocabulary):,} genes; see processor.vocabulary."
             )
         if len(np.unique(numbers)) < len(numbers):
-            raise ValueError(
-                f"{len(numbers) - len(np.unique(numbers))} genes are given twice: each may be one channel."
-            )
+            raise ValueError(f"{len(numbers) - len(np.unique(numbers))} genes are given twice: name each of them once.")
         return numbers
 
     def normalize(self, arrays: Mapping[str, torch.Tensor], image: SlideImage) -> torch.Tensor:

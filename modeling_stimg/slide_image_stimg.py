@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .compaction_stimg import compact
+from .compaction_stimg import check_grid, compact
 from .counts_stimg import csr_entries, depth_scale, match_counts
 from .genes_stimg import GeneVocabulary
 
@@ -257,6 +257,7 @@ def slide_image_from_adata(
     if len(adata.var_names) == 0 or len(adata.obs) == 0:
         raise ValueError(f"The slide has {len(adata.obs)} spots and {len(adata.var_names)} genes: nothing to read.")
     grid_rows, grid_cols = _grid_positions(adata, compaction)
+    check_grid(grid_rows, grid_cols)
     obs_index, spot_of_obs = one_spot_a_site(grid_rows, grid_cols, on_duplicate)
     match = vocabulary.match(adata)
     measured = np.unique(match.ids[match.ids >= 0])

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData, read_h5ad
+from anndata import AnnData
 
 from .legacy_tables import TABLE_SUFFIX, read_legacy_table
-from .parsing import finite, positions_in_names, reading
+from .parsing import finite, positions_in_names, read_h5ad_file
 from .raw_counts import with_raw_counts
 from .space_ranger import MATRIX, bin_sites, read_space_ranger, space_ranger_outs
 
@@ -92,8 +92,8 @@ def read_slide(
     Raises:
         FileNotFoundError: there is nothing.
         ValueError: in one sentence, for an unknown kind of file, an unreadable one, an empty slide, values that are no
-            counts, missing or infinite positions, pixels of no array, several tables, an unknown layer, table or
-            column, or a bin size that does not fit the positions.
+            counts, missing or infinite positions, all spots on one, pixels of no array, several tables, an unknown
+            layer, table or column, or a bin size that does not fit the positions.
         ImportError: a file that needs pyarrow or shapely, without them.
         TypeError: `source` is neither path nor AnnData.
     """
@@ -105,14 +105,14 @@ def read_slide(
 
             return bin_cells(cells, bin_size, microns_per_pixel, slide_key)
         if microns_per_pixel is not None:
-            raise ValueError("microns_per_pixel is given without bin_size: it is the scale of what is binned")
+            raise ValueError("microns_per_pixel is given without bin_size: give both, or leave it out")
         if slides is None:
-            cells.obs["array_row"], cells.obs["array_col"] = spot_positions(cells)
+            cells.obs["array_row"], cells.obs["array_col"] = _checked_positions(cells)
             return cells
         array = np.zeros((2, cells.n_obs), dtype=np.int64)
         for name, rows in slides.items():
             try:
-                array[:, rows] = spot_positions(cells[rows])
+                array[:, rows] = _checked_positions(cells[rows])
             except ValueError as error:
                 raise ValueError(f"slide {name}: {error}") from error
         cells.obs["array_row"], cells.obs["array_col"] = array
@@ -159,7 +159,17 @@ def positions(adata: AnnData) -> np.ndarray:
         ValueError: none are found, or they are no finite numbers.
     """
     if "spatial" in adata.obsm:
-        return np.asarray(adata.obsm["spatial"], dtype=np.float64)[:, :2]  # a third column is the section or the depth
+        found = adata.obsm["spatial"]
+        try:
+            xy = np.asarray(found, dtype=np.float64)
+        except (TypeError, ValueError):
+            xy = np.empty(0)
+        if xy.ndim != 2 or xy.shape[1] < 2:
+            raise ValueError(
+                f'obsm["spatial"] is a {type(found).__name__} of the shape {getattr(found, "shape", None)}: expected '
+                "numbers (num_spots, 2), x and y"
+            )
+        return xy[:, :2]  # a third column is the section or the depth
     for y, x in _PIXELS:
         if x in adata.obs and y in adata.obs:
             return np.stack([finite(adata.obs[name], f'obs["{name}"]') for name in (x, y)], axis=1)
@@ -210,13 +220,23 @@ def _read_path(path: Path, table: str | None) -> AnnData:
     if path.is_dir() and not name.endswith(".zarr"):
         return read_space_ranger(space_ranger_outs(path))
     if path.is_file() and name.endswith(".h5ad"):
-        with reading(path.name, "an .h5ad file"):
-            return read_h5ad(path)
+        return read_h5ad_file(path)
     if path.is_file() and TABLE_SUFFIX.search(name):
         return read_legacy_table(path)
     if MATRIX in name:
         raise ValueError("counts without positions: pass the Space Ranger folder that holds this file and spatial/")
     raise ValueError(f"unknown kind of slide: {_KINDS}")
+
+
+def _checked_positions(adata: AnnData) -> tuple[np.ndarray, np.ndarray]:
+    """`spot_positions` of a slide that is to be read: of several spots, not all on one position."""
+    row, col = spot_positions(adata)
+    if len(row) > 1 and (row == row[0]).all() and (col == col[0]).all():
+        raise ValueError(
+            f"all {len(row):,} spots stand on one array position, row {row[0]} and column {col[0]}: give every spot a "
+            "position of its own"
+        )
+    return row, col
 
 
 def spot_positions(adata: AnnData) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from anndata.utils import make_index_unique
 
+from .declared_sizes import check_hdf5, check_matrix_market
 from .parsing import finite, reading, tell
 
 MATRIX = "filtered_feature_bc_matrix"
@@ -25,7 +26,7 @@ HD_DEFAULT = "square_008um"  # the bins that Space Ranger itself analyses first
 _POSITION_FILES = ("tissue_positions.csv", "tissue_positions_list.csv", "tissue_positions.parquet")
 _POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 # Visium HD names a bin by its size, row and column: s_008um_00301_00321-1.
-_BIN_NAME = re.compile(r"s_\d+um_(\d+)_(\d+)(?:-\d+)?")
+_BIN_NAME = re.compile(r"s_\d+um_(\d{1,9})_(\d{1,9})(?:-\d+)?")
 
 
 def space_ranger_outs(folder: Path) -> Path:
@@ -120,6 +121,7 @@ def bin_sites(names: Iterable[str]) -> np.ndarray | None:
 def _read_10x_h5(path: Path) -> AnnData:
     """Counts of a 10x HDF5 file, version 3. `uns["library_id"]`: the library, where the file names it."""
     with h5py.File(path, "r") as file:
+        check_hdf5(file)
         matrix, features, libraries = file["matrix"], file["matrix/features"], file.attrs.get("library_ids", [])
         # Genes x barcodes in CSC is barcodes x genes in CSR: the same three arrays. The file's are int64: of Visium HD
         # they are read as what SciPy makes of them in the end, so that they are not in memory twice.
@@ -140,6 +142,7 @@ def _read_10x_mtx(folder: Path) -> AnnData:
     paths = [path if path.is_file() else path.with_name(f"{path.name}.gz") for path in paths]
     table = {"sep": "\t", "header": None, "dtype": str, "keep_default_na": False}
     features, barcodes = (pd.read_csv(path, **table) for path in paths[1:])
+    check_matrix_market(paths[0], len(features), len(barcodes))
     counts = sp.csr_matrix(scipy.io.mmread(paths[0]).T, dtype=np.float32)
     return _10x_slide(counts, barcodes[0].to_numpy(), [features[column].to_numpy() for column in range(3)])
 
@@ -194,4 +197,9 @@ def _images_and_scales(spatial: Path) -> dict[str, dict[str, Any]]:
     if not scales.is_file():
         return {"images": images, "scalefactors": {}}
     with reading(f"spatial/{scales.name}", "JSON"):
-        return {"images": images, "scalefactors": json.loads(scales.read_text())}
+        factors = json.loads(scales.read_text(encoding="utf-8"))
+    if not isinstance(factors, dict):
+        raise ValueError(f"spatial/{scales.name} holds a {type(factors).__name__}: expected scale factors by name")
+    # What no .h5ad can hold is no scale.
+    factors = {name: value for name, value in factors.items() if isinstance(value, int | float | str)}
+    return {"images": images, "scalefactors": factors}

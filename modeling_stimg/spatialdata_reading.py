@@ -15,6 +15,7 @@ import pandas as pd
 from anndata import AnnData
 from anndata.io import read_zarr
 
+from .declared_sizes import check_declared, zarr_bytes
 from .parsing import reading
 
 _ROOTS = ("zarr.json", ".zgroup", ".zattrs")
@@ -81,7 +82,7 @@ def _is_anndata(folder: Path) -> bool:
 
 
 def _read_table(folder: Path, store: Path | None) -> AnnData:
-    check_codecs(folder)
+    check_arrays(folder)
     with reading(folder.name, "an AnnData in zarr"):
         adata = read_zarr(folder)
     has_positions = "spatial" in adata.obsm or {"array_row", "array_col"} <= set(adata.obs)
@@ -129,8 +130,10 @@ def _centroids(folder: Path) -> pd.DataFrame:
         return pd.DataFrame({"x": shapely.get_x(centroids), "y": shapely.get_y(centroids)}, index=frame.index)
 
 
-def check_codecs(folder: Path) -> None:
-    """Refuse a store that would be decoded by anything but the usual codecs."""
+def check_arrays(folder: Path) -> None:
+    """Refuse a store that says it holds more than it can, or that would be decoded by anything but the usual codecs."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    declared = 0
     for name in (".zarray", ".zmetadata", "zarr.json"):
         for path in sorted(folder.rglob(name)):
             with reading(path.name, "JSON"):
@@ -138,6 +141,9 @@ def check_codecs(folder: Path) -> None:
             unknown = sorted(set(_codecs(content)) - _ZARR_CODECS)
             if unknown:
                 raise ValueError(f"{path} asks for the codec {unknown[0]!r}, which is not trusted: it is not read")
+            with reading(path.name, "the metadata of an array"):
+                declared += 0 if name == ".zmetadata" else zarr_bytes(content)
+                check_declared(declared, size)
 
 
 def _codecs(content: Any, is_codec: bool = False) -> Iterator[str]:

@@ -1,14 +1,14 @@
 """Files that appear whole or not at all, and what is said where a disk has no room for them."""
 
 import errno
-import gc
+import io
 import os
 import re
-import sys
-import traceback
+import signal
+import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,31 @@ _TOLD = re.compile(r"errno = (\d+)")  # as HDF5 words it
 
 class NoRoomError(OSError):
     """There is no room for a file: the next one will not find any either."""
+
+
+def check_place(path: Path, *inputs: str | os.PathLike) -> None:
+    """Raise before the work where a file could not be written after it.
+
+    Args:
+        path: of the file. inputs: what is read, and must not be written over.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: no folder to write in. OSError: one that takes no files.
+        ValueError: the file is one of the inputs.
+    """
+    for source in inputs:
+        if path.resolve() == Path(source).expanduser().resolve():
+            raise ValueError(f"{path} is read, and would be overwritten: name another file to write.")
+    folder = path.parent
+    if not folder.is_dir():
+        if folder.exists():
+            raise NotADirectoryError(f"The folder of {path} is a file: name a place in a folder.")
+        raise FileNotFoundError(f"The folder of {path} does not exist: make it first.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error}): name another folder.") from error
 
 
 @contextmanager
@@ -53,35 +78,68 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_h5ad(adata: "AnnData", path: str | os.PathLike) -> None:
-    """Write a compressed .h5ad. Where there is no room, an OSError says so, and HDF5 no more than that.
+    """Write a compressed .h5ad. Ctrl-C waits until it is written.
 
-    Every object that HDF5 cannot close any more prints a traceback of its own, whenever it is collected.
+    Raises:
+        OSError: there is no room, or another fault of the disk.
     """
-    said, hook, number = StringIO(), sys.unraisablehook, None
+    import h5py
+    from anndata.io import write_elem
 
-    def others(unraisable: Any) -> None:
-        if _number_of_no_room(unraisable.exc_value) is None:
-            hook(unraisable)
+    adata.strings_to_categoricals()
+    if adata.raw is not None:
+        adata.strings_to_categoricals(adata.raw.var)
+    with _PatientFile(path) as patient:
+        with _ctrl_c_waits(), h5py.File(patient, "w") as file:
+            write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
+        if patient.error is not None:
+            raise patient.error
 
-    sys.unraisablehook = others
+
+class _PatientFile(io.FileIO):
+    """A new file for HDF5, which cannot close one that has no room, and crashes when the process ends, if not before.
+
+    After the first error, which is kept in `error`, it takes everything and writes nothing.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path, "w+")
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write all of it, or keep the error."""
+        whole = memoryview(content).cast("B")
+        written = 0
+        try:
+            while self.error is None and written < len(whole):
+                written += super().write(whole[written:])
+        except OSError as error:
+            self.error = error
+        return len(whole)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Make the file as long as that, or keep the error."""
+        try:
+            return super().truncate(size) if self.error is None else 0
+        except OSError as error:
+            self.error = error
+            return 0
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C is heard at the end: in the middle, HDF5 would be left with a file that it cannot close."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    pressed: list[tuple[Any, ...]] = []
+    before = signal.signal(signal.SIGINT, lambda *press: pressed.append(press))
     try:
-        with redirect_stderr(said):
-            try:
-                adata.write_h5ad(path, compression="gzip")
-            except (OSError, RuntimeError) as error:
-                number = _number_of_no_room(error)
-                if number is None:
-                    raise
-                for link in _chain(error):
-                    traceback.clear_frames(link.__traceback__)
-            if number is not None:
-                gc.collect()
+        yield
     finally:
-        sys.unraisablehook = hook
-        if number is None:
-            sys.stderr.write(said.getvalue())
-    if number is not None:
-        raise OSError(number, os.strerror(number), str(path))
+        signal.signal(signal.SIGINT, before)
+        if pressed and callable(before):
+            before(*pressed[0])
 
 
 def _number_of_no_room(error: BaseException) -> int | None:

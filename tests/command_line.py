@@ -1,8 +1,10 @@
 """The `stimg` command, run in this process: its exit status and what it says."""
 
+import resource
 import subprocess
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -26,3 +28,14 @@ def stimg(*words: str | Path) -> subprocess.CompletedProcess:
             enable_progress_bars()
             logging.enable_progress_bar()
     return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
+
+
+@contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond `size` bytes: writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

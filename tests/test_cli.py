@@ -126,68 +126,6 @@ def test_every_real_slide_becomes_an_image(real_data: Path, tmp_path: Path):
         assert np.isfinite(image.values).all(), path
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["embed", "missing.h5ad", "--model", "{model}", "--output", "{out}/x.h5ad"], "missing.h5ad"),
-        (["embed", "{slide}", "--model", "{out}", "--output", "{out}/x.h5ad"], "holds no preprocessor_config.json"),
-        (["embed", "{slide}", "--model", "./nowhere", "--output", "{out}/x.h5ad"], "There is no model folder"),
-        (["embed", "{slide}", "--model", "{model}", "--output", "{out}/x.csv"], "ends in .h5ad"),
-        (["embed", "{slide}", "--model", "{model}", "--output", "{out}/no/x.h5ad"], "does not exist"),
-        (
-            ["embed", "{slide}", "--model", "{model}", "--output", "{out}/x.h5ad", "--readout", "all"],
-            "readout is 'all'",
-        ),
-        (["embed", "{slide}", "--model", "{model}", "--output", "{out}/x.h5ad", "--batch-size", "0"], "batch-size"),
-        (
-            ["embed", "{slide}", "--model", "{model}", "--output", "{out}/x.h5ad", "--device", "cuda:99"],
-            "cannot be used",
-        ),
-        (
-            ["embed", "{slide}", "--model", "{model}", "--output", "{out}/x.h5ad", "--plot", "{out}/map"],
-            "no image file",
-        ),
-        (
-            [
-                "embed",
-                "{slide}",
-                "--model",
-                "{model}",
-                "--output",
-                "{out}/x.h5ad",
-                "--plot",
-                "{out}/m.png",
-                "--num-domains",
-                "9999",
-            ],
-            "--num-domains is 9999",
-        ),
-        (["inspect", "missing.h5ad"], "missing.h5ad"),
-        (["inspect", "{slide}", "--table", "{out}/no/t.tsv"], "does not exist"),
-        (["inspect", "{slide}", "--compaction", "hexagon"], "compaction is 'hexagon'"),
-        (["inspect", "{slide}", "--genes", "{slide}", "--model", "{model}"], "pass one of them"),
-    ],
-)
-def test_mistakes_end_in_one_sentence_status_2_and_no_files(
-    slide: Path, checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
-):
-    run = stimg(*(a.format(slide=slide, model=checkpoint, out=tmp_path) for a in arguments))
-    assert run.returncode == 2
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_normalised_slide_is_refused(slide: Path, checkpoint: Path, slides: dict[str, AnnData], tmp_path: Path):
-    adata = slides["staggered"].copy()
-    adata.X = adata.X * 0.5
-    adata.write_h5ad(tmp_path / "half.h5ad")
-    run = stimg("embed", tmp_path / "half.h5ad", "--model", checkpoint, "--output", tmp_path / "x.h5ad")
-    assert run.returncode == 2
-    assert "non-integers" in run.stderr
-    assert not (tmp_path / "x.h5ad").exists()
-
-
 @pytest.mark.parametrize("kind", ["classes", "numbers", "missing"])
 def test_maps_are_drawn_for_classes_numbers_and_missing_labels(slides: dict[str, AnnData], kind: str, tmp_path: Path):
     adata = slides["staggered"]

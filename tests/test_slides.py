@@ -142,12 +142,12 @@ def test_views_and_backed_slides(tmp_path):
 def test_repeated_names_and_places_are_allowed_in_silence():
     slide = make_slide()
     slide.obs_names = ["spot"] * NUM_SPOTS
-    slide.obs["array_row"], slide.obs["array_col"] = 5, 7
+    slide.obs["array_row"], slide.obs["array_col"] = [5] * (NUM_SPOTS - 1) + [6], 7
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = read_slide(slide)
     assert list(result.obs_names) == ["spot"] * NUM_SPOTS
-    assert set(result.obs["array_row"]) == {5}
+    assert set(result.obs["array_row"]) == {5, 6}
     assert set(result.obs["array_col"]) == {7}
 
 
