@@ -1,6 +1,8 @@
 """One small slide, and how to write it in every format that `read_slide` knows."""
 
 import gzip
+import json
+import struct
 from pathlib import Path
 
 import h5py
@@ -125,4 +127,48 @@ def assert_same_slide(result: AnnData, expected: AnnData) -> None:
         np.testing.assert_array_equal(result.obs[name], expected.obs[name])
 
 
-# One slide, every format
+def write_spatialdata(store: Path, tables: dict[str, AnnData], shapes: dict | None = None) -> Path:
+    """A store as spatialdata writes it: tables as AnnData in tables/, shapes as GeoParquet in shapes/.
+
+    `shapes`: for each region, geometries as WKB by instance.
+    """
+    import zarr
+    from anndata.io import write_elem
+
+    root = zarr.open_group(store, mode="w")
+    group = root.create_group("tables")
+    for name, table in tables.items():
+        write_elem(group, name, table)
+        group[name].attrs.update({"spatialdata-encoding-type": "ngff:regions_table", "version": "0.1"})
+    for name, (index, geometries) in (shapes or {}).items():
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        root.require_group("shapes").create_group(name)
+        frame = pd.DataFrame({"geometry": geometries, "radius": 1.0}, index=pd.Index(index, name="cell_id"))
+        geo = {"version": "1.0.0", "primary_column": "geometry", "columns": {"geometry": {"encoding": "WKB"}}}
+        written = pa.Table.from_pandas(frame)
+        written = written.replace_schema_metadata({**written.schema.metadata, b"geo": json.dumps(geo).encode()})
+        parquet.write_table(written, store / "shapes" / name / "shapes.parquet")
+    return store
+
+
+def annotating(slide: AnnData, region: str | list[str]) -> AnnData:
+    """A table whose rows are the shapes 100, 101, ... of `region`, a name, or one of every row; no positions."""
+    table = AnnData(slide.X, obs=slide.obs[["label"]], var=slide.var)
+    table.obs["region"] = pd.Categorical([region] * slide.n_obs if isinstance(region, str) else region)
+    table.obs["instance_id"] = np.arange(slide.n_obs) + 100
+    regions = list(table.obs["region"].cat.categories)
+    attrs = {"region": regions, "region_key": "region", "instance_key": "instance_id"}
+    table.uns["spatialdata_attrs"] = attrs
+    return table
+
+
+def point(x: float, y: float) -> bytes:
+    return struct.pack("<BIdd", 1, 1, x, y)
+
+
+def square(x: float, y: float) -> bytes:
+    """A polygon of side 10 around (x, y)."""
+    corners = [(x - 5, y - 5), (x + 5, y - 5), (x + 5, y + 5), (x - 5, y + 5), (x - 5, y - 5)]
+    return struct.pack("<BIII", 1, 3, 1, 5) + b"".join(struct.pack("<dd", *corner) for corner in corners)

@@ -20,7 +20,15 @@ import safetensors.numpy
 import scipy.sparse as sp
 from anndata import AnnData
 from command_line import little_room, stimg
-from slide_files import MATRIX, make_slide, position_table, write_legacy, write_positions, write_space_ranger
+from slide_files import (
+    MATRIX,
+    make_slide,
+    position_table,
+    write_legacy,
+    write_positions,
+    write_space_ranger,
+    write_spatialdata,
+)
 
 from modeling_stimg import STImageMAEModel, STPatchProcessor, inspection, parsing
 
@@ -197,11 +205,7 @@ def store(change: Callable[[Path], None]) -> Build:
     """A SpatialData store after `change`."""
 
     def build(bench: Bench) -> Path:
-        import zarr
-        from anndata.io import write_elem
-
-        path = bench.place / "slide.zarr"
-        write_elem(zarr.open_group(path, mode="w").create_group("tables"), "table", make_slide())
+        path = write_spatialdata(bench.place / "slide.zarr", {"table": make_slide()})
         change(path)
         return path
 

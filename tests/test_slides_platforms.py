@@ -1,7 +1,6 @@
 """`read_slide` on Visium HD, CytAssist, SpatialData, backed files and several slides; `bin_cells` on cells anywhere."""
 
 import json
-import struct
 import sys
 import warnings
 
@@ -12,7 +11,18 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
-from slide_files import MATRIX, assert_same_slide, make_slide, position_table, write_positions, write_space_ranger
+from slide_files import (
+    MATRIX,
+    annotating,
+    assert_same_slide,
+    make_slide,
+    point,
+    position_table,
+    square,
+    write_positions,
+    write_space_ranger,
+    write_spatialdata,
+)
 
 from modeling_stimg import bin_cells, embed_slide, read_cells, read_slide
 from modeling_stimg.cli import app
@@ -120,53 +130,6 @@ def test_cytassist_capture_areas(tmp_path, rows, cols):
 
 
 # SpatialData
-
-
-def write_spatialdata(store, tables, shapes=None):
-    """A store as spatialdata writes it: tables as AnnData in tables/, shapes as GeoParquet in shapes/.
-
-    `shapes`: for each region, geometries as WKB by instance.
-    """
-    import zarr
-    from anndata.io import write_elem
-
-    root = zarr.open_group(store, mode="w")
-    group = root.create_group("tables")
-    for name, table in tables.items():
-        write_elem(group, name, table)
-        group[name].attrs.update({"spatialdata-encoding-type": "ngff:regions_table", "version": "0.1"})
-    for name, (index, geometries) in (shapes or {}).items():
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        root.require_group("shapes").create_group(name)
-        frame = pd.DataFrame({"geometry": geometries, "radius": 1.0}, index=pd.Index(index, name="cell_id"))
-        geo = {"version": "1.0.0", "primary_column": "geometry", "columns": {"geometry": {"encoding": "WKB"}}}
-        written = pa.Table.from_pandas(frame)
-        written = written.replace_schema_metadata({**written.schema.metadata, b"geo": json.dumps(geo).encode()})
-        parquet.write_table(written, store / "shapes" / name / "shapes.parquet")
-    return store
-
-
-def annotating(slide: AnnData, region) -> AnnData:
-    """A table whose rows are the shapes 100, 101, ... of `region`, a name, or one of every row; no positions."""
-    table = AnnData(slide.X, obs=slide.obs[["label"]], var=slide.var)
-    table.obs["region"] = pd.Categorical([region] * slide.n_obs if isinstance(region, str) else region)
-    table.obs["instance_id"] = np.arange(slide.n_obs) + 100
-    regions = list(table.obs["region"].cat.categories)
-    attrs = {"region": regions, "region_key": "region", "instance_key": "instance_id"}
-    table.uns["spatialdata_attrs"] = attrs
-    return table
-
-
-def point(x: float, y: float) -> bytes:
-    return struct.pack("<BIdd", 1, 1, x, y)
-
-
-def square(x: float, y: float) -> bytes:
-    """A polygon of side 10 around (x, y)."""
-    corners = [(x - 5, y - 5), (x + 5, y - 5), (x + 5, y + 5), (x - 5, y + 5), (x - 5, y - 5)]
-    return struct.pack("<BIII", 1, 3, 1, 5) + b"".join(struct.pack("<dd", *corner) for corner in corners)
 
 
 def test_spatialdata_table_with_positions(tmp_path):
