@@ -196,7 +196,8 @@ def _again(folder: ModelFolder) -> str:
         command = [] if results is None else results[1].get("command", [])
         commands += [shlex.join(["python", *command])] if command else []
         if results is not None:
-            written += [option, f"{_option(command, '--output_dir') or f'runs/{option[2:]}'}/results.json"]
+            place = _option(command, "--output_dir") or _option(command, "--output-dir") or f"runs/{option[2:]}"
+            written += [option, f"{place}/results.json"]
     commands.append(shlex.join(["python", "model_cards/card.py", f"model_cards/{name}", *written, *_told(folder)]))
     curve = ""
     if (folder.path / "loss.png").exists():
