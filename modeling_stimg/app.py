@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -74,8 +75,9 @@ def launch(
             everything on through their servers. quiet: say nothing but warnings and errors.
 
     Raises:
-        As `build_app`; OSError: the port is taken.
+        As `build_app`; OSError: the port is taken, or no such host. Told before the model is loaded.
     """
+    check_port(host, port)
     page = build_app(model, revision=revision, device=device)
     stop = threading.Event()
     before = _on_sigterm(stop)
@@ -95,11 +97,7 @@ def launch(
 
 
 def serve(page: "Blocks", host: str, port: int, share: bool = False) -> tuple[Any, str, str | None]:
-    """Launch a page of `build_app` in the background: the application, its address, and its public one, if any.
-
-    Raises:
-        OSError: the port is taken.
-    """
+    """Launch a page of `build_app` in the background: the application, its address, and its public one, if any."""
     from gradio.themes import Default
     from starlette.middleware import Middleware
 
@@ -137,6 +135,19 @@ class OwnFilesAlone:
             await send({"type": "http.response.body", "body": b"This page serves its own files alone."})
             return
         await self.app(scope, receive, send)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise OSError, in one sentence, where nothing can listen at an address."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise OSError(
+            f"The page cannot be at port {port} of {host} ({error.strerror}): name another --port, or another --host."
+        ) from error
 
 
 def _import_gradio(folder: Path) -> None:

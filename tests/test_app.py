@@ -3,6 +3,7 @@
 import gzip
 import os
 import runpy
+import socket
 import sys
 import tomllib
 import warnings
@@ -398,6 +399,20 @@ def test_without_gradio_the_command_says_what_to_install(checkpoint: Path, monke
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert Path(os.environ["GRADIO_TEMP_DIR"]).stat().st_mode & 0o077 == 0
     Path(os.environ["GRADIO_TEMP_DIR"]).rmdir()
+
+
+def test_addresses_that_cannot_be_listened_to_are_told_before_anything_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        run = stimg("app", "--model", "nothing", "--port", str(taken.getsockname()[1]), "--quiet")
+    assert run.returncode == 2
+    assert run.stderr.startswith(
+        f"error: The page cannot be at port {run.args[-2]} of 127.0.0.1 (Address already in use)"
+    )
+    run = stimg("app", "--model", "nothing", "--host", "256.1.1.1")
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: The page cannot be at port 7860 of 256.1.1.1 (")
 
 
 def test_the_command_passes_its_options_on_and_shares_nothing_of_itself(monkeypatch: pytest.MonkeyPatch):
