@@ -32,7 +32,6 @@ OPTIONS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
     *("--window-size=1280,1000", "--hide-scrollbars", "--force-color-profile=srgb"),
 )
-MAX_BYTES = 200_000  # of a screenshot
 PATIENCE = 60.0  # seconds for anything on the page, on a busy machine
 # A map is drawn when its image is decoded.
 _DRAWN = "const i = document.querySelector('#{0} img'); return i && i.complete && i.naturalWidth > 0 ? i.src : null"
@@ -200,15 +199,15 @@ def opened_page(address: str, temporary: Path, patience: float = PATIENCE) -> It
 
 
 def shoot(page: Page, name: str, path: Path) -> None:
-    """What the window shows, with a part of the page at its top, as a PNG of at most 200 KB."""
+    """What the window shows, with a part of the page at its top, as a PNG of 256 colours."""
     from PIL import Image
 
     page.script(f"document.querySelector('#{name}').scrollIntoView({{block: 'start'}}); window.scrollBy(0, -60)")
     time.sleep(0.5)  # what moves or fades in has come to rest
     with Image.open(BytesIO(page.driver.get_screenshot_as_png())) as image:
-        image.convert("RGB").save(path, optimize=True)
-        if path.stat().st_size > MAX_BYTES:
-            image.convert("RGB").quantize(256).save(path, optimize=True)
+        # Of the ways to fewer colours the one that leaves rare ones, such as the ends of a scale, as they are.
+        few = image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
 
 
 def screenshots(
