@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 import scipy.sparse as sp
-from anndata import AnnData, read_h5ad, read_zarr
+from anndata import AnnData, read_zarr
 from anndata.io import read_elem
 
 from data_processing.sources import Source
@@ -25,7 +25,7 @@ from data_processing.space_ranger_samples import MATRIX, Sample, arrange, find_s
 from modeling_stimg import read_slide
 from modeling_stimg.archives import gunzip, is_archive, unpack
 from modeling_stimg.counts_stimg import check_counts
-from modeling_stimg.parsing import reading
+from modeling_stimg.parsing import check_sparse, read_h5ad_file, reading
 from modeling_stimg.spatialdata_reading import check_arrays
 
 ReadSlide = Callable[[], AnnData]
@@ -99,8 +99,7 @@ def _read_h5ad_files(files: Mapping[str, Path], scratch: Path) -> dict[str, Read
 def _read_cellxgene(files: Mapping[str, Path], scratch: Path) -> dict[str, ReadSlide]:
     def read(name: str, path: Path, folder: Path) -> AnnData:
         path = _plain_h5ad(path, folder)
-        with reading(path.name, "an .h5ad file"):
-            adata = read_h5ad(path)
+        adata = read_h5ad_file(path)
         with _naming(name):
             return read_slide(_raw_counts_in_tissue(adata))
 
@@ -204,6 +203,7 @@ def _region_key(uns: Mapping[str, Any], obs: pd.DataFrame) -> str | None:
 def _read_region(folder: Path, label: str, region: str) -> AnnData:
     with reading(label, "an AnnData in zarr"):
         adata = read_zarr(folder)
+        check_sparse(adata)
     if region:
         adata = adata[adata.obs[_region_key(adata.uns, adata.obs)].astype(str) == region].copy()
     with _naming(label):

@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from anndata import AnnData, read_h5ad
 
 from .declared_sizes import check_hdf5
@@ -38,7 +39,30 @@ def read_h5ad_file(path: Path) -> AnnData:
     with reading(path.name, "an .h5ad file"):
         with h5py.File(path, "r") as file:
             check_hdf5(file)
-        return read_h5ad(path)
+        adata = read_h5ad(path)
+        check_sparse(adata)
+        return adata
+
+
+def check_sparse(adata: AnnData) -> None:
+    """ValueError where a sparse matrix of an AnnData in memory would make SciPy read or write beyond its arrays."""
+    matrices = {"X": adata.X, "raw.X": None if adata.raw is None else adata.raw.X}
+    for name in ("layers", "obsm", "varm", "obsp", "varp"):
+        matrices |= {f"{name}/{key}": value for key, value in getattr(adata, name).items()}
+    for name, matrix in matrices.items():
+        if sp.issparse(matrix) and matrix.format in ("csr", "csc"):
+            try:
+                check_compressed(matrix)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+
+def check_compressed(matrix: sp.csr_matrix | sp.csc_matrix) -> None:
+    """ValueError where `indices` or `indptr` of a matrix are none."""
+    # SciPy's own check looks at neither where indptr ends in 0.
+    if len(matrix.indptr) and (matrix.indptr[-1] < 0 or np.diff(matrix.indptr).min(initial=0) < 0):
+        raise ValueError("indptr must be a non-decreasing sequence")
+    matrix.check_format(full_check=True)
 
 
 def tell(message: str) -> None:

@@ -10,7 +10,7 @@ from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
 
 from .counts_stimg import check_counts
-from .parsing import reading, tell
+from .parsing import check_compressed, reading, tell
 
 # Layers that are looked in without being named. Others may hold a part of the counts, such as those of unspliced RNA.
 _COUNT_LAYERS = ("counts", "raw_counts")
@@ -147,7 +147,7 @@ def _as_csr(values: Any, name: str) -> sp.csr_matrix:
         if on_disk:
             values = values.to_memory()
         matrix = sp.csc_matrix(values) if sp.issparse(values) and values.format == "csc" else sp.csr_matrix(values)
-        matrix.check_format(full_check=True)  # an index out of bounds would otherwise read foreign memory later on
+        check_compressed(matrix)  # an index out of bounds would otherwise read foreign memory later on
         matrix = matrix.tocsr()
     if not matrix.has_canonical_format:
         matrix = matrix.copy()

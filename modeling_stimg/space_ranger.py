@@ -19,7 +19,7 @@ from anndata import AnnData
 from anndata.utils import make_index_unique
 
 from .declared_sizes import check_hdf5, check_matrix_market
-from .parsing import finite, reading, tell
+from .parsing import check_compressed, finite, reading, tell
 
 MATRIX = "filtered_feature_bc_matrix"
 HD_DEFAULT = "square_008um"  # the bins that Space Ranger itself analyses first
@@ -129,6 +129,7 @@ def _read_10x_h5(path: Path) -> AnnData:
         narrow = np.int32 if data.shape[0] < 2**31 else np.int64
         counts = data.astype(np.float32)[:], indices.astype(narrow)[:], indptr.astype(narrow)[:]
         counts = sp.csr_matrix(counts, shape=matrix["shape"][:][::-1])
+        check_compressed(counts)
         names = [features[key].asstr()[:] for key in ("id", "name", "feature_type")]
         adata = _10x_slide(counts, matrix["barcodes"].asstr()[:], names)
     if len(libraries):

@@ -16,7 +16,7 @@ from anndata import AnnData
 from anndata.io import read_zarr
 
 from .declared_sizes import check_declared, zarr_bytes
-from .parsing import reading
+from .parsing import check_sparse, reading
 
 _ROOTS = ("zarr.json", ".zgroup", ".zattrs")
 # What zarr may decode with. Others are refused: the codec "pickle" of version 2 would run what it reads.
@@ -85,6 +85,7 @@ def _read_table(folder: Path, store: Path | None) -> AnnData:
     check_arrays(folder)
     with reading(folder.name, "an AnnData in zarr"):
         adata = read_zarr(folder)
+        check_sparse(adata)
     has_positions = "spatial" in adata.obsm or {"array_row", "array_col"} <= set(adata.obs)
     attrs = adata.uns.get("spatialdata_attrs")
     if store is not None and not has_positions and isinstance(attrs, Mapping):
@@ -102,6 +103,9 @@ def _positions_of_shapes(adata: AnnData, attrs: Mapping[str, Any], store: Path) 
     for code, region in enumerate(regions):
         rows = np.flatnonzero(codes == code)
         centroids = _centroids(store / "shapes" / str(region))
+        if not centroids.index.is_unique:
+            twice = centroids.index[centroids.index.duplicated()][0]
+            raise ValueError(f"shapes/{region} holds instance {twice} more than once: give each instance one shape")
         shape = centroids.index.get_indexer(pd.Index(adata.obs[instance_key].to_numpy()[rows]))
         if (shape < 0).any():
             raise ValueError(f"shapes/{region} lacks {np.sum(shape < 0)} of {len(rows)} instances of the table")
