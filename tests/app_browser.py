@@ -210,7 +210,7 @@ def shoot(page: Page, name: str, path: Path) -> None:
     few.save(path, optimize=True)
 
 
-def screenshots(
+def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model with its decoder.")],
     slide: Annotated[Path, typer.Option(help="An .h5ad, or a zipped Space Ranger folder.", exists=True)],
     output: Annotated[Path, typer.Option(help="Folder for app_tissue.png, app_domains.png and app_gene.png.")],
@@ -250,4 +250,4 @@ def screenshots(
 
 
 if __name__ == "__main__":
-    typer.run(screenshots)
+    typer.run(main)
