@@ -90,8 +90,14 @@ def write_h5ad(adata: "AnnData", path: str | os.PathLike) -> None:
     if adata.raw is not None:
         adata.strings_to_categoricals(adata.raw.var)
     with _PatientFile(path) as patient:
-        with _ctrl_c_waits(), h5py.File(patient, "w") as file:
-            write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
+        try:
+            with _ctrl_c_waits(), h5py.File(patient, "w") as file:
+                write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
+        except Exception as error:
+            # HDF5 reads again what it has written, and stumbles over what is not there.
+            if patient.error is None:
+                raise
+            raise patient.error from error
         if patient.error is not None:
             raise patient.error
 

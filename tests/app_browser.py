@@ -212,7 +212,7 @@ def shoot(page: Page, name: str, path: Path) -> None:
 
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model with its decoder.")],
-    slide: Annotated[Path, typer.Option(help="An .h5ad, or a zipped Space Ranger folder.", exists=True)],
+    slide: Annotated[Path, typer.Option(help="An .h5ad, or a zipped Space Ranger folder.")],
     output: Annotated[Path, typer.Option(help="Folder for app_tissue.png, app_domains.png and app_gene.png.")],
     gene: Annotated[str | None, typer.Option(help="Which gene; default: the most variable.")] = None,
     num_domains: Annotated[int, typer.Option(help="How many domains; 0: as many as there are.")] = 0,
@@ -222,6 +222,8 @@ def main(
     """Write screenshots of the page with a slide on it."""
     if missing():
         raise typer.BadParameter(f"lacking: {missing()}")
+    if not slide.exists():
+        raise typer.BadParameter(f"{slide} does not exist: name a slide")
     output.mkdir(parents=True, exist_ok=True)
     folder = str(Path(model).resolve()) if Path(model).is_dir() else model
     with (
