@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,22 +78,18 @@ def launch(
         As `build_app`; OSError: the port is taken, or no such host. Told before the model is loaded.
     """
     check_port(host, port)
-    page = build_app(model, revision=revision, device=device)
-    stop = threading.Event()
-    before = _on_sigterm(stop)
-    with _no_reports() if quiet else _nothing():
+    with _ended_by_sigterm(), _no_reports() if quiet else nullcontext():
+        page = build_app(model, revision=revision, device=device)
         try:
             _, address, shared = serve(page, host, port, share)
             if not quiet:
                 print(f"The page is at {shared or address} (Ctrl-C ends it).", flush=True)
-            stop.wait()
+            threading.Event().wait()
         except KeyboardInterrupt:
             pass
         finally:
             page.close(verbose=False)
             shutil.rmtree(os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
 
 
 def serve(page: "Blocks", host: str, port: int, share: bool = False) -> tuple[Any, str, str | None]:
@@ -166,11 +162,17 @@ def _import_gradio(folder: Path) -> None:
         raise ImportError("The page needs Gradio: pip install 'stimg[app]'.") from error
 
 
-def _on_sigterm(stop: threading.Event) -> Any:
-    """Let SIGTERM, with which services and containers are ended, end the page; returns what it did before."""
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, with which services and containers are ended, do what Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -184,8 +186,3 @@ def _no_reports() -> Iterator[None]:
         yield
     finally:
         tqdm.write = before
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -32,7 +32,7 @@ OPTIONS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
     *("--window-size=1280,1000", "--hide-scrollbars", "--force-color-profile=srgb"),
 )
-PATIENCE = 60.0  # seconds for anything on the page, on a busy machine
+PATIENCE = 120.0  # seconds for anything on the page, on a busy machine
 # A map is drawn when its image is decoded.
 _DRAWN = "const i = document.querySelector('#{0} img'); return i && i.complete && i.naturalWidth > 0 ? i.src : null"
 
@@ -64,7 +64,7 @@ def running_app(model: Path | str, temporary: Path, patience: float = PATIENCE) 
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

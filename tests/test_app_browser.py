@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from anndata import AnnData, read_h5ad
-from app_browser import missing, opened_page, running_app, wait
+from app_browser import PATIENCE, missing, opened_page, running_app, wait
 
 from modeling_stimg import STImageMAEModel, STPatchProcessor, embed_slide, find_domains
 
@@ -127,8 +127,8 @@ def test_a_browser_sees_tissue_domains_and_genes_and_downloads_what_the_library_
         assert len(list(folder.glob("slide-*"))) == 1
         assert not list(folder.rglob("*.h5ad"))
     # The browser has gone, and the session with it.
-    wait(lambda: not list(folder.glob("slide-*")), "the slide's folder to go", 30)
+    wait(lambda: not list(folder.glob("slide-*")), "the slide's folder to go", PATIENCE)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE) == 0
     assert not folder.exists()
     assert "Traceback" not in process.stderr.read()
