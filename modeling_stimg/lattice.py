@@ -13,6 +13,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, maximum_filter
 from scipy.spatial import cKDTree
 
+_MAX_COORDINATE = 2.0**53  # the squares of much larger ones are infinite
 _NUM_NEIGHBOURS = 24
 _MAX_QUERIES = 20_000
 # Shares of the highest pile that a pile must reach to be taken for a lattice vector, tried in this order: with many
@@ -57,7 +58,7 @@ def array_positions(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         )
     if len(pixels) == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    bad = np.count_nonzero(~np.isfinite(pixels).all(axis=1))
+    bad = np.count_nonzero(~(np.abs(pixels) < _MAX_COORDINATE).all(axis=1))
     if bad:
         raise ValueError(
             f"{bad} of {len(pixels)} spots have pixel coordinates that are no finite numbers: give every spot its "

@@ -362,17 +362,17 @@ def damage(slide: Path, rng: Rng, bytes_of_hdf5: bool = True) -> None:
         bytes_of_hdf5: whether HDF5 files are damaged byte by byte, too: the library may hang or crash then.
     """
     folder = slide if slide.is_dir() else slide.parent
-    for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        if not files:
-            return
-        path = pick(rng, files)
-        if rng.random() < 0.03:
-            damage_files(path, rng)
-            continue
-        # What is damaged already may be no JSON or HDF5 any more.
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    steps = []
+    for path in rng.permutation(np.array(files, dtype=object))[: int(rng.choice([1, 1, 1, 2, 3]))]:
+        of_the_file = damage_files if rng.random() < 0.03 else pick(rng, _damages(path, bytes_of_hdf5))
+        steps.append((of_the_file, path))
+        if rng.random() < 0.2:
+            steps.append((pick(rng, _damages(path, bytes_of_hdf5)), path))
+    # Structures while there are some: HDF5 would hang or crash here, too.
+    for change, path in sorted(steps, key=lambda step: step[0] in (damage_bytes, damage_files, cut)):
         with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError, EOFError, TypeError):
-            pick(rng, _damages(path, bytes_of_hdf5))(path, rng)
+            change(path, rng)
 
 
 # ---------------------------------------------------------------- one case

@@ -178,11 +178,11 @@ def claims(name: str, shape: tuple[int, ...]) -> Callable[[h5py.File], None]:
     return edit
 
 
-def outs(matrix: str = "h5", change: Callable[[Path], None] = lambda _outs: None) -> Build:
+def outs(matrix: str = "h5", change: Callable[[Path], None] = lambda _outs: None, proteins: int = 0) -> Build:
     """A Space Ranger folder after `change`."""
 
     def build(bench: Bench) -> Path:
-        folder = write_space_ranger(bench.place / "outs", make_slide(), matrix)
+        folder = write_space_ranger(bench.place / "outs", make_slide(), matrix, proteins=proteins)
         change(folder)
         return folder
 
@@ -383,6 +383,17 @@ CASES = {
     "CSR indices out of bounds": Case(
         edited_h5(good, lambda file: file["X/indices"].__setitem__(0, 5000)),
         rf"slide.h5ad {DAMAGED} an .h5ad file \(X: indices must be",
+    ),
+    # Either of these two crashed the process.
+    "CSR that ends in nothing": Case(
+        edited_h5(good, lambda file: file["X/indptr"].__setitem__(-1, 0)),
+        r"X: indptr must be a non-decreasing",
+        INSPECT,
+    ),
+    "10x indices out of bounds": Case(
+        edited_h5(outs(proteins=2), lambda file: file["matrix/indices"].__setitem__(0, 10**9), f"{MATRIX}.h5"),
+        f"{DAMAGED} a 10x count matrix .indices must be",
+        INSPECT,
     ),
     "h5ad that says it holds terabytes": Case(
         edited_h5(good, claims("X", (HUGE, HUGE))), r"says that it holds 4\.0e\+24 bytes, and has"

@@ -279,6 +279,14 @@ def test_pixels_on_no_array(tmp_path, where):
         read_slide(tmp_path / "cells.h5ad")
 
 
+def test_pixels_must_not_be_infinite_when_squared():
+    slide = make_slide()
+    slide.obs = slide.obs[["label"]]
+    slide.obsm["spatial"][2] = 1e300
+    with pytest.raises(ValueError, match="1 of 9 spots have pixel coordinates that are no finite numbers"):
+        read_slide(slide)
+
+
 def test_pixels_must_be_finite():
     x = PIXEL_X.copy()
     x[3] = np.nan
