@@ -11,12 +11,15 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from modeling_stimg import STPatchProcessor, embed_slide, read_slide
+from modeling_stimg.writing import write_h5ad
 
 
 def measure_embedding(
     paths: Sequence[Path], model: Any, processor: STPatchProcessor, device: str | None = None
 ) -> list[dict[str, Any]]:
-    """Read, embed as the model does by default, and write every slide; what runs first is not counted.
+    """Read, embed as the model does by default, and write every slide, as `stimg embed` does.
+
+    What runs first is not counted.
 
     Returns:
         for every slide its spots and genes, the seconds of each part, and spots a second over all of them.
@@ -32,7 +35,7 @@ def _timed(path: Path, model: Any, processor: STPatchProcessor, device: str | No
         read = perf_counter()
         embed_slide(adata, model, processor, device=device, progress=False)
         embedded = perf_counter()
-        adata.write_h5ad(Path(folder) / "embedded.h5ad", compression="gzip")
+        write_h5ad(adata, Path(folder) / "embedded.h5ad")
         written = perf_counter()
     return {
         "slide": path.stem,

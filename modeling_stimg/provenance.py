@@ -42,7 +42,7 @@ def fingerprint(model: Any, processor: Any) -> str:
 
     The same of `STImageMAEModel` and `STImageMAEForPreTraining`: the decoder takes no part in it.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.sha256()  # processors have instructions for it
     encoder = model.base_model
     for name, tensor in sorted(encoder.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
@@ -53,11 +53,11 @@ def fingerprint(model: Any, processor: Any) -> str:
     vocabulary = processor.vocabulary
     for owner, names in ((model.config, declared), (processor, _OF_THE_PROCESSOR)):
         digest.update(repr([(name, getattr(owner, name, None)) for name in names]).encode())
-    digest.update(repr(vocabulary.decode(np.arange(len(vocabulary)))).encode())
+    digest.update(vocabulary.ids_sha256.encode())
     for name in ("mean", "deviation", "share"):
         values = getattr(vocabulary, name)
         digest.update(name.encode() if values is None else np.ascontiguousarray(values))
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def embedding_settings(model: Any, processor: Any, seed: int = 0, **options: Any) -> dict[str, Any]:
