@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from .context_windows_stimg import context_windows
 from .embedding_stimg import check_pair, frozen
-from .kriging_stimg import distances, kriging_weights
+from .kriging_stimg import kriging_weights, nearest_distances
 from .sample_units_stimg import sample_side
 from .slide_image_stimg import SlideImage
 from .spot_reading_stimg import Reading, SpotFeatures, mean_features
@@ -74,7 +74,7 @@ def reconstruct_spots(
     every gene draw. A prediction is the dot product of a spot's decoded feature with a gene's embedding (Eq. 8), so
     features are averaged and multiplied once, whatever the number of genes.
 
-    Calibration (regression kriging) tells the model what it does not know of this slide, such as how much its genes are
+    Calibration (by kriging) tells the model what it does not know of this slide, such as how much its genes are
     expressed here beside the corpus: a quarter of the visible sites of each window are read as if they were hidden too,
     and what the model is off by there is added to what it says of the hidden spots (`calibrate`).
 
@@ -214,17 +214,19 @@ def _hidden_and_seen(image: SlideImage, spots: np.ndarray, visible: np.ndarray |
 
 
 def calibrate(spots: ReadSpots, genes: np.ndarray) -> np.ndarray:
-    """Regression kriging: the model's prediction as trend, and the interpolation of what it leaves.
+    """Regression kriging near what is seen, and kriging alone further in.
 
-    With x what was measured at visible spots v that were read as if hidden, p what the model says, and r = x - b * p, a
-    hidden spot s gets
+    With x what was measured at visible spots v that were read as if hidden, p what the model says, and r = x - b * p,
+    regression kriging has the model's prediction as its trend, and gives a hidden spot s
 
         b * p_s + mean(r) + sum_v w_sv (r_v - mean(r))
 
     with the weights of `kriging_weights`. b is the slope of x on p over these spots and the most variable genes, each
-    gene less its mean, or half of it, or 0, whichever predicts left-out spots best: how much of what the model says is
-    so on this slide. A model that tells nothing new leaves the interpolation of x. Of many spots that were read, the
-    `NUM_CHECKS` nearest to hidden ones count.
+    gene less its mean, or 0 where that is negative: how much of what the model says is so on this slide. Kriging alone
+    is the same with b = 0. Slopes were learnt at spots with visible ones next to them, and say too much of spots that
+    have none: the prediction is the mean of both, the first weighted by 1 / d_s, with the distance d_s >= 1 in sites to
+    the nearest visible spot, and the second by the rest. Of many spots that were read, the `NUM_CHECKS` nearest to
+    hidden ones count.
 
     Args:
         genes: int64 (genes,), vocabulary numbers.
@@ -240,20 +242,21 @@ def calibrate(spots: ReadSpots, genes: np.ndarray) -> np.ndarray:
         return predicted
     sites, places = (np.stack([part.rows, part.cols], axis=1).astype(np.float64) for part in (hidden, seen))
     if len(read) > NUM_CHECKS:
-        nearest = np.concatenate(
-            [distances(some, sites).min(1) for some in np.array_split(places[read], len(read) // 64)]
-        )
+        nearest = nearest_distances(places[read], sites)
         read = np.sort(read[np.argsort(nearest, kind="stable")[:NUM_CHECKS]])
     of_slide = variable_genes(seen)
     said, found = spots.said(spots.of_checks, of_slide)[read], _values(seen, read, of_slide)
     deviation = said - said.mean(0)
     slope = max(float((deviation * (found - found.mean(0))).sum() / max((deviation**2).sum(), 1e-12)), 0)
-    slopes = (0.0, slope / 2, slope)
-    which, weights = kriging_weights([found - trust * said for trust in slopes], places[read], sites)
+    trusted = 1 / nearest_distances(sites, places)[:, None]
+    with_trend, alone = kriging_weights([found - slope * said, found], places[read], sites)
     for some in np.array_split(measured, -(-len(measured) * len(read) // VALUES_AT_ONCE)):
-        left = _values(seen, read, genes[some]) - slopes[which] * spots.said(spots.of_checks, genes[some])[read]
-        mean = left.mean(0)
-        predicted[:, some] = slopes[which] * predicted[:, some] + mean + weights @ (left - mean)
+        values = _values(seen, read, genes[some])
+        left = values - slope * spots.said(spots.of_checks, genes[some])[read]
+        mean, mean_left = values.mean(0), left.mean(0)
+        kriged = mean + alone @ (values - mean)
+        regressed = slope * predicted[:, some] + mean_left + with_trend @ (left - mean_left)
+        predicted[:, some] = kriged + trusted * (regressed - kriged)
     return predicted
 
 

@@ -4,11 +4,12 @@ File formats: 10x Genomics, "Space Ranger Outputs", "Spatial Outputs" and "Featu
 (10xgenomics.com/support/software/space-ranger).
 """
 
+import gzip
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -144,8 +145,23 @@ def _read_10x_mtx(folder: Path) -> AnnData:
     table = {"sep": "\t", "header": None, "dtype": str, "keep_default_na": False}
     features, barcodes = (pd.read_csv(path, **table) for path in paths[1:])
     check_matrix_market(paths[0], len(features), len(barcodes))
-    counts = sp.csr_matrix(scipy.io.mmread(paths[0]).T, dtype=np.float32)
+    with gzip.open(paths[0]) if paths[0].suffix == ".gz" else paths[0].open("rb") as file:
+        counts = sp.csr_matrix(scipy.io.mmread(_Text(file)).T, dtype=np.float32)
     return _10x_slide(counts, barcodes[0].to_numpy(), [features[column].to_numpy() for column in range(3)])
+
+
+class _Text:
+    """A file of text for SciPy, whose parser runs beyond the end of what it has read where there are bytes of 0."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+
+    def read(self, size: int = -1) -> bytes:
+        """ValueError where it is no text."""
+        content = self.file.read(size)
+        if b"\0" in content:
+            raise ValueError("bytes of 0 among its numbers")
+        return content
 
 
 def _10x_slide(counts: sp.csr_matrix, barcodes: np.ndarray, features: list[np.ndarray]) -> AnnData:

@@ -432,6 +432,16 @@ CASES = {
         "says that it holds 1,000,000,000,000 entries",
         INSPECT,
     ),
+    "matrix.mtx with bytes of 0": Case(
+        outs(
+            "mtx",
+            lambda f: (f / MATRIX / "matrix.mtx").write_bytes(
+                (f / MATRIX / "matrix.mtx").read_bytes().rstrip() + bytes(40)
+            ),
+        ),
+        r"is damaged, cut short or not a 10x count matrix \(bytes of 0 among its numbers\)",
+        INSPECT,
+    ),
     "matrix.mtx of another shape": Case(
         outs(
             "mtx",

@@ -165,7 +165,7 @@ def test_domains_embeds_where_there_is_no_embedding(paths: list[Path], checkpoin
 def test_ctrl_c_ends_in_a_sentence_and_without_half_a_file(
     paths: list[Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write, written = anndata.io.write_elem, []
+    write, written = anndata.experimental.write_dispatched, []
 
     def interrupted(*arguments, **options):
         written.append(arguments)
@@ -173,7 +173,7 @@ def test_ctrl_c_ends_in_a_sentence_and_without_half_a_file(
         if len(written) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(anndata.io, "write_elem", interrupted)
+    monkeypatch.setattr(anndata.experimental, "write_dispatched", interrupted)
     run = stimg("embed", *paths, "--model", checkpoint, "--output", tmp_path / "out")
     assert run.returncode == 130
     assert run.stderr.rstrip().splitlines()[-1].startswith("interrupted: no half-written file is left")

@@ -287,11 +287,16 @@ def test_calibration_is_the_trend_and_the_kriging_of_what_it_leaves(read_spots, 
     places = [np.stack([part.rows, part.cols], axis=1).astype(float) for part in (seen, hidden)]
     x, p = dense(seen)[read], read_spots.of_checks.features[read] @ read_spots.embeddings.T
     slope = np.sum((p - p.mean(0)) * (x - x.mean(0))) / np.sum((p - p.mean(0)) ** 2)
-    which, weights = kriging_weights([x, x - slope / 2 * p, x - slope * p], places[0][read], places[1])
-    assert which == 2  # these features do tell something
+    assert slope > 0.5  # these features do tell something
+    weights, alone = kriging_weights([x - slope * p, x], places[0][read], places[1])
     left = (x - slope * p)[:, genes]
     trend = slope * read_spots.of_hidden.features @ read_spots.embeddings[genes].T
-    expected = trend + left.mean(0) + weights @ (left - left.mean(0))
+    regressed = trend + left.mean(0) + weights @ (left - left.mean(0))
+    kriged = x[:, genes].mean(0) + alone @ (x - x.mean(0))[:, genes]
+    near = np.sqrt(((places[1][:, None] - places[0]) ** 2).sum(-1)).min(1)[:, None]
+    assert near.min() == 1
+    assert near.max() == 3
+    expected = regressed / near + kriged * (1 - 1 / near)
     np.testing.assert_allclose(calibrate(read_spots, genes), expected, atol=1e-6)
     monkeypatch.setattr("modeling_stimg.reconstruction_stimg.VALUES_AT_ONCE", 100)
     np.testing.assert_allclose(calibrate(read_spots, genes), expected, atol=1e-6)
@@ -301,7 +306,7 @@ def test_calibration_is_the_trend_and_the_kriging_of_what_it_leaves(read_spots, 
     # A model that contradicts the slide is not listened to: what is left is the interpolation.
     monkeypatch.undo()
     contrary = replace(read_spots, of_checks=SpotFeatures(-read_spots.of_checks.features))
-    _, weights = kriging_weights([x], places[0][read], places[1])
+    [weights] = kriging_weights([x], places[0][read], places[1])
     expected = x[:, genes].mean(0) + weights @ (x - x.mean(0))[:, genes]
     np.testing.assert_allclose(calibrate(contrary, genes), expected, atol=1e-6)
     nothing = replace(read_spots, of_checks=SpotFeatures(np.full_like(read_spots.of_checks.features, np.nan)))
@@ -331,8 +336,9 @@ def test_kriging_equals_scikit_learns_gaussian_process_and_leaves_spots_out():
             errors[reach, nugget] = np.sum((values - np.concatenate(off)) ** 2)
     best = min(errors, key=errors.get)
     noise = rng.normal(size=(40, 5)) * 5
-    which, weights = kriging_weights([noise, values], places, sites, (2.0, 8.0), (0.1, 3.0))
-    assert which == 1
+    # Every target has its own.
+    of_noise, weights = kriging_weights([noise, values], places, sites, (2.0, 8.0), (0.1, 3.0))
+    assert not np.allclose(of_noise, weights)
     np.testing.assert_allclose(weights @ values, process(*best).fit(places, values).predict(sites), atol=1e-8)
 
 

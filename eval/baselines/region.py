@@ -80,7 +80,7 @@ def kriging(values: np.ndarray, visible: np.ndarray, hidden: np.ndarray) -> np.n
         # Rounded, so that of equally distant spots the first count.
         nearest = np.sort(np.argsort(distance.round(6), kind="stable")[:NUM_KRIGED])
         values, visible = values[nearest], visible[nearest]
-    _, weights = kriging_weights([values], visible, hidden)
+    [weights] = kriging_weights([values], visible, hidden)
     mean = values.mean(axis=0)
     return mean + weights @ (values - mean)
 

@@ -52,12 +52,12 @@ _GENOME = re.compile(r"(GRC[hmr]\d+|hg\d+|mm\d+|rn\d+)_+")
 
 def strip_version(name: str) -> str:
     """`ENSG00000141736.14` -> `ENSG00000141736`; a symbol such as `AL627309.1` keeps its dot."""
-    return _VERSION.sub(r"\1", name)
+    return _VERSION.sub(r"\1", name) if "." in name else name
 
 
 def is_ensembl(name: str) -> bool:
     """Whether `name` is an Ensembl gene id, with or without version suffix."""
-    return _ENSEMBL.match(name) is not None
+    return name.startswith("ENS") and _ENSEMBL.match(name) is not None
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class SlideGenes:
         }
         # Gene by gene: references use the id as the name of a gene that has no symbol.
         ids = [
-            next((strip_version(n) for n in names if is_ensembl(n)), "")
-            for names in zip(columns["ids"], index, strict=True)
+            strip_version(name) if is_ensembl(name) else strip_version(other) if is_ensembl(other) else ""
+            for name, other in zip(columns["ids"], index, strict=True)
         ]
         symbols = [
-            next((n for n in names if n and not is_ensembl(n)), "")
-            for names in zip(columns["symbols"], index, strict=True)
+            name if name and not is_ensembl(name) else "" if is_ensembl(other) else other
+            for name, other in zip(columns["symbols"], index, strict=True)
         ]
         return cls(ids, symbols)
 
@@ -349,7 +349,8 @@ class GeneVocabulary:
             int64 (number of names,), -1 where unknown or ambiguous.
         """
         lookup = self._lookup
-        return np.fromiter((lookup.get(n, lookup.get(strip_version(n), -1)) for n in map(str, names)), dtype=np.int64)
+        numbers = [lookup[name] if name in lookup else lookup.get(strip_version(name), -1) for name in map(str, names)]
+        return np.array(numbers, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Identities of gene numbers; `pad_id` becomes `"[PAD]"`.
@@ -394,6 +395,11 @@ class GeneVocabulary:
             )
         return "name genes by human Ensembl id or symbol in var_names or var['gene_ids']"
 
+    @cached_property
+    def _known_by_id(self) -> np.ndarray:
+        """bool (genes + 1,): by an Ensembl id; the last is for no gene, -1."""
+        return np.array([*map(is_ensembl, self.gene_ids), False])
+
     def _numbers(self, genes: SlideGenes) -> np.ndarray:
         """Numbers int64 (n,) of genes by their most precise name, -1 where unknown."""
         ids = self.encode(genes.ids)
@@ -401,7 +407,7 @@ class GeneVocabulary:
         # knows the gene by its symbol alone.
         by_symbol = self.encode(genes.symbols)
         given = np.array([gene != "" for gene in genes.ids], dtype=bool)
-        known_by_id = np.append([is_ensembl(gene) for gene in self.gene_ids], False)[by_symbol]
+        known_by_id = self._known_by_id[by_symbol]
         return np.where((ids < 0) & ~(given & known_by_id), by_symbol, ids)
 
     # ---------------------------------------------------------------- files
