@@ -176,6 +176,7 @@ def _positions_of(barcodes: pd.Index, path: Path | None) -> pd.DataFrame:
         raise ValueError(f"spatial/ holds no positions: looked for {', '.join(_POSITION_FILES)}, add one of them")
     with reading(f"spatial/{path.name}", "spot positions"):
         positions = _read_position_file(path)[_POSITION_COLUMNS].set_index("barcode")
+        positions.index = positions.index.map(str)  # a damaged Parquet file may hold lists
     if not positions.index.is_unique:
         twice = positions.index[positions.index.duplicated()][0]
         raise ValueError(f"spatial/{path.name} holds barcode {twice} more than once: give each barcode one position")

@@ -58,7 +58,8 @@ from slide_files import (
 from modeling_stimg import GeneVocabulary, STPatchProcessor, genes_stimg, read_slide
 from modeling_stimg.cli_slides import TOLD, sentence
 
-PATIENCE = 20.0  # seconds
+# Seconds. A damaged chunk of text in zarr may tell that it holds 500 million strings: they are waited for.
+PATIENCE = 90.0
 PATIENCE_WITH_HDF5 = 4.0  # where it is h5py that does not answer; undamaged, these files take milliseconds
 MEMORY = 12 << 30  # bytes of address space, libraries included
 

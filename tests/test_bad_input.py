@@ -15,6 +15,7 @@ from typing import Any
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.numpy
 import scipy.sparse as sp
@@ -178,11 +179,11 @@ def claims(name: str, shape: tuple[int, ...]) -> Callable[[h5py.File], None]:
     return edit
 
 
-def outs(matrix: str = "h5", change: Callable[[Path], None] = lambda _outs: None, proteins: int = 0) -> Build:
+def outs(matrix: str = "h5", change: Callable[[Path], None] = lambda _outs: None, **options: Any) -> Build:
     """A Space Ranger folder after `change`."""
 
     def build(bench: Bench) -> Path:
-        folder = write_space_ranger(bench.place / "outs", make_slide(), matrix, proteins=proteins)
+        folder = write_space_ranger(bench.place / "outs", make_slide(), matrix, **options)
         change(folder)
         return folder
 
@@ -192,6 +193,12 @@ def outs(matrix: str = "h5", change: Callable[[Path], None] = lambda _outs: None
 def positions_file(change: Callable[[Any], Any]) -> Build:
     table = position_table(make_slide())
     return outs(change=lambda folder: write_positions(folder / "spatial" / "tissue_positions.csv", change(table)))
+
+
+def lists_for_barcodes(folder: Path) -> None:
+    path = folder / "spatial" / "tissue_positions.parquet"
+    table = pd.read_parquet(path)
+    table.assign(barcode=[[barcode] for barcode in table["barcode"]]).to_parquet(path)
 
 
 def two_genomes(bench: Bench) -> Path:
@@ -453,6 +460,11 @@ CASES = {
         INSPECT,
     ),
     "gzipped barcodes cut short": Case(cut(outs("mtx.gz"), 0.5, f"{MATRIX}/barcodes.tsv.gz"), DAMAGED, INSPECT),
+    "lists for barcodes": Case(
+        outs(positions="tissue_positions.parquet", change=lists_for_barcodes),
+        "9 of 9 barcodes of the matrix have no position .*: counts and spatial/ must be of one Space Ranger run",
+        INSPECT,
+    ),
     "barcodes that disagree": Case(
         positions_file(lambda table: table.assign(barcode=table["barcode"].str.lower())),
         "9 of 9 barcodes of the matrix have no position .*: counts and spatial/ must be of one Space Ranger run",
