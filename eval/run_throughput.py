@@ -26,7 +26,7 @@ import typer
 from data_processing.corpus import find_slides, read_slides, slide_images, vocabulary_of
 from eval.embedding_throughput import measure_embedding
 from eval.results import markdown_table, run_metadata, write_results
-from eval.throughput import measure_memory, measure_resident, measure_windows, one_core
+from eval.throughput import measure_memory, measure_resident, measure_windows, one_core, random_model
 from modeling_stimg import STImageMAEModel, STPatchProcessor
 from modeling_stimg.configuration_stimg import MASK_UNITS
 from modeling_stimg.host import keep_freed_memory, multiplies_bfloat16
@@ -140,16 +140,28 @@ def memory(
     num_bins: Annotated[int, typer.Option(help="Bins of the phantom slide.", min=1)] = 500_000,
     num_genes: Annotated[int, typer.Option(help="Genes of the phantom slide.", min=1)] = 18_000,
     genes_per_bin: Annotated[int, typer.Option(help="Non-zeros of a bin.", min=1)] = 200,
-    hidden_size: Annotated[int, typer.Option(help="Width of the model.", min=4)] = 128,
-    num_layers: Annotated[int, typer.Option(help="Layers of the encoder.", min=1)] = 2,
-    stride: Annotated[int, typer.Option(help="Sites between neighbouring windows, at most 16.", min=1)] = 16,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id: embed as it does by default; else an untrained model.")
+    ] = None,
+    hidden_size: Annotated[int, typer.Option(help="Width of the untrained model.", min=4)] = 128,
+    num_layers: Annotated[int, typer.Option(help="Layers of its encoder.", min=1)] = 2,
+    stride: Annotated[
+        int | None, typer.Option(help="Sites between neighbouring windows; default: the model's, 16 untrained.", min=1)
+    ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Peak of anonymous memory from the CSR of a large slide to embeddings of all its bins."""
-    record = measure_memory(num_bins, num_genes, genes_per_bin, hidden_size, num_layers, stride, seed)
+    keep_freed_memory()
+    if model is None:
+        pair = random_model(num_genes, hidden_size, num_layers, seed)
+        stride = 16 if stride is None else stride
+    else:
+        found = find_model(model)
+        pair = tuple(cls.from_pretrained(found.folder) for cls in (STImageMAEModel, STPatchProcessor))
+    record = measure_memory(*pair, num_bins, num_genes, genes_per_bin, stride, seed)
     header = ["bins x genes", "non-zeros", "CSR", "peak, CSR included", "were it dense", "time"]
     row = [
-        f"{num_bins:,} x {num_genes:,}",
+        f"{num_bins:,} x {record['genes']:,}",
         f"{record['non_zeros']:,}",
         *(f"{record[key]:.2f} GB" for key in ("csr_gb", "peak_gb", "dense_gb")),
         f"{record['seconds']:.0f} s",
@@ -157,7 +169,8 @@ def memory(
     text = (
         "\n".join(["Anonymous memory (RssAnon), the libraries' included.", "", *markdown_table(header, [row])]) + "\n"
     )
-    write_results(output_dir, [record], run_metadata(seed, hidden_size=hidden_size, stride=stride), text)
+    metadata = run_metadata(seed, model=model, width=record["embedding"][1], stride=stride)
+    write_results(output_dir, [record], metadata, text)
     print(text)
 
 

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -206,41 +206,38 @@ class PeakMemory:
         self.peak = max(self.peak, anonymous_memory())
 
 
-def binned_phantom(num_bins: int, num_genes: int, genes_per_bin: int, seed: int) -> AnnData:
+def binned_phantom(num_bins: int, genes: Sequence[str], genes_per_bin: int, seed: int) -> AnnData:
     """A slide of square bins, as dense as Visium HD's: `genes_per_bin` non-zeros in each, counts of 1 and more.
 
     Raises:
         ValueError: more genes a bin than there are genes.
     """
+    num_genes = len(genes)
     if not 0 < genes_per_bin <= num_genes:
         raise ValueError(f"genes_per_bin is {genes_per_bin}: expected 1 to {num_genes}, the number of genes.")
     rng = np.random.default_rng(seed)
     width = int(np.ceil(np.sqrt(num_bins)))
     # One gene from each of as many strata, so that genes are distinct and ascending without a sort.
     edges = np.linspace(0, num_genes, genes_per_bin + 1).astype(np.int32)
-    genes = np.empty((num_bins, genes_per_bin), dtype=np.int32)
+    columns = np.empty((num_bins, genes_per_bin), dtype=np.int32)
     counts = np.empty((num_bins, genes_per_bin), dtype=np.float32)
     for start in range(0, num_bins, 10_000):
-        block = genes[start : start + 10_000]
+        block = columns[start : start + 10_000]
         block[:] = edges[:-1] + (rng.random(block.shape, dtype=np.float32) * np.diff(edges)).astype(np.int32)
         counts[start : start + 10_000] = rng.geometric(0.7, block.shape)
     indptr = np.arange(num_bins + 1, dtype=np.int64) * genes_per_bin
-    matrix = sp.csr_matrix((counts.reshape(-1), genes.reshape(-1), indptr.astype(np.int32)), (num_bins, num_genes))
+    matrix = sp.csr_matrix((counts.reshape(-1), columns.reshape(-1), indptr.astype(np.int32)), (num_bins, num_genes))
     adata = AnnData(matrix)
     adata.obs["array_row"], adata.obs["array_col"] = np.divmod(np.arange(num_bins), width)
-    adata.var_names = [f"PHANTOM{i:05d}" for i in range(num_genes)]
+    adata.var_names = list(genes)
     return adata
 
 
-def measure_memory(
-    num_bins: int, num_genes: int, genes_per_bin: int, hidden_size: int, num_layers: int, stride: int, seed: int
-) -> dict[str, Any]:
-    """Peak of anonymous memory from a slide's CSR to the embeddings of all its bins, the CSR included."""
-    before = anonymous_memory()
-    adata = binned_phantom(num_bins, num_genes, genes_per_bin, seed)
-    with_slide = anonymous_memory()
-    vocabulary = GeneVocabulary(list(adata.var_names))
-    processor = STPatchProcessor(vocabulary)
+def random_model(
+    num_genes: int, hidden_size: int, num_layers: int, seed: int
+) -> tuple[STImageMAEModel, STPatchProcessor]:
+    """An untrained model of phantom genes, and its processor."""
+    vocabulary = GeneVocabulary([f"PHANTOM{i:05d}" for i in range(num_genes)])
     torch.manual_seed(seed)
     config = STImageMAEConfig(
         vocab_size=len(vocabulary) + 1,
@@ -249,20 +246,38 @@ def measure_memory(
         num_attention_heads=4,
         intermediate_size=4 * hidden_size,
     )
-    model = STImageMAEModel(config)
+    return STImageMAEModel(config), STPatchProcessor(vocabulary)
+
+
+def measure_memory(
+    model: STImageMAEModel,
+    processor: STPatchProcessor,
+    num_bins: int,
+    num_genes: int,
+    genes_per_bin: int,
+    stride: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Peak of anonymous memory from a slide's CSR to the embeddings of all its bins, the CSR included.
+
+    The slide's genes are the first ones of the vocabulary.
+    """
+    before = anonymous_memory()
+    adata = binned_phantom(num_bins, processor.vocabulary.gene_ids[:num_genes], genes_per_bin, seed)
+    with_slide = anonymous_memory()
     start = time.perf_counter()
     with PeakMemory() as memory:
-        embed_slide(adata, model, processor, stride=stride, seed=seed)
+        embed_slide(adata, model, processor, stride=stride, seed=seed, progress=False)
     embedding = adata.obsm["X_stimg"]
     return {
         "bins": num_bins,
-        "genes": num_genes,
+        "genes": adata.n_vars,
         "non_zeros": int(adata.X.nnz),
         "embedding": list(embedding.shape),
         "finite": bool(np.isfinite(embedding).all()),
         "before_gb": before / 1e9,
         "csr_gb": (with_slide - before) / 1e9,
         "peak_gb": memory.peak / 1e9,
-        "dense_gb": num_bins * num_genes * 4 / 1e9,
+        "dense_gb": num_bins * adata.n_vars * 4 / 1e9,
         "seconds": time.perf_counter() - start,
     }

@@ -14,7 +14,7 @@ import torch
 from eval.run_throughput import app
 from eval.throughput import PeakMemory, binned_phantom, textbook_window, window_non_zeros
 from eval.training_throughput import VIT_MAE, StepSizes, build_model, full_windows, step_multiplications
-from modeling_stimg import STPatchProcessor
+from modeling_stimg import STImageMAEModel, STPatchProcessor
 
 ROOT = Path(__file__).parents[1]
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
@@ -88,13 +88,16 @@ def test_peak_memory_sees_what_is_gone_at_the_end():
     assert memory.peak - before > 300e6
 
 
+GENES = [f"PHANTOM{i}" for i in range(40)]
+
+
 def test_binned_phantom_has_the_density_that_was_asked_for():
-    adata = binned_phantom(50, 40, 7, seed=0)
+    adata = binned_phantom(50, GENES, 7, seed=0)
     assert (np.diff(adata.X.indptr) == 7).all()
     assert adata.X.has_canonical_format
     assert adata.X.data.min() >= 1
     with pytest.raises(ValueError, match="genes_per_bin is 50"):
-        binned_phantom(5, 40, 50, seed=0)
+        binned_phantom(5, GENES, 50, seed=0)
 
 
 @LINUX
@@ -107,6 +110,18 @@ def test_half_a_million_bins_are_embedded_in_6_gb(tmp_path: Path):
     assert record["embedding"] == [500_000, 128]
     assert record["finite"]
     assert record["csr_gb"] < record["peak_gb"] < 6
+
+
+@LINUX
+def test_memory_of_a_model_of_ones_own(checkpoint: Path, tmp_path: Path):
+    options = ("--model", checkpoint, "--num-bins", 400, "--genes-per-bin", 5)
+    run = run_script("run_throughput.py", "memory", "--output-dir", tmp_path, *options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (record,) = json.loads((tmp_path / "results.json").read_text())["records"]
+    model = STImageMAEModel.from_pretrained(checkpoint)
+    assert record["embedding"] == [400, model.config.hidden_size]
+    assert record["genes"] == model.config.vocab_size - 1, "not the genes that it knows"
+    assert record["finite"]
 
 
 TINY = ("--window-size", 4, "--num-channels", 16, "--num-genes", 60, "--hidden-size", 64, "--num-layers", 1)
