@@ -25,6 +25,8 @@ from .compaction_stimg import check_grid, compact
 from .counts_stimg import csr_entries, depth_scale, match_counts
 from .genes_stimg import GeneVocabulary
 
+# Fewer than both, the second a share of what the model knows, and whoever embeds the slide is told.
+FEW_GENES, FEW_OF_VOCABULARY = 1000, 0.05
 ON_DUPLICATE = ("error", "first")
 
 
@@ -261,6 +263,13 @@ def slide_image_from_adata(
     obs_index, spot_of_obs = one_spot_a_site(grid_rows, grid_cols, on_duplicate)
     match = vocabulary.match(adata)
     measured = np.unique(match.ids[match.ids >= 0])
+    if len(measured) < min(FEW_GENES, FEW_OF_VOCABULARY * len(vocabulary)):
+        warnings.warn(
+            f"Only {len(measured):,} of the {len(vocabulary):,} genes that the model knows were measured on the slide: "
+            "embeddings tell its spots apart, but compare them with those of slides with more genes with care.",
+            UserWarning,
+            stacklevel=3,
+        )
 
     def log1p(counts: np.ndarray, owner: np.ndarray, library: np.ndarray, matched_library: np.ndarray) -> np.ndarray:
         scale = depth_scale(target_sum, vocabulary, measured, library, matched_library)

@@ -39,6 +39,16 @@ def random_slides(draw) -> tuple[AnnData, list[str]]:
     return make_slide(counts, [p[0] for p in positions], [p[1] for p in positions], genes), genes
 
 
+def test_few_of_a_models_genes_are_warned_about():
+    counts = np.ones((2, NUM_GENES))
+    many = GeneVocabulary([*GENES, *(f"X{i}" for i in range(20 * NUM_GENES))])
+    with pytest.warns(UserWarning, match="Only 60 of the 1,260 genes that the model knows were measured"):
+        STPatchProcessor(many).slide_to_image(make_slide(counts, [0, 0], [0, 1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # most of a small panel that the model is of
+        STPatchProcessor(GeneVocabulary(GENES)).slide_to_image(make_slide(counts, [0, 0], [0, 1]))
+
+
 @given(random_slides())
 @settings(deadline=None, max_examples=60)
 def test_image_equals_a_plain_loop(slide_and_genes):

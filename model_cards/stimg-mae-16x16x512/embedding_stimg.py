@@ -33,6 +33,8 @@ READOUTS = ("spot", "context", "both")
 NUM_CONTEXT_PASSES = 4
 # Of spots x genes, that are dense at once: what fits into a core's cache, or keeps an accelerator busy.
 VALUES_AT_ONCE = {"cpu": 1 << 19, "accelerator": 1 << 23}
+# Values of features, spots x width, that are averaged over neighbours at once.
+FEATURES_AT_ONCE = 1 << 20
 # Sites that the CPU encodes at once: enough for its matrix products, and their activations are still in its caches.
 SITES_AT_ONCE_ON_CPU = 2048
 
@@ -199,11 +201,12 @@ def embed_image(
     with frozen(encoder, image, device) as (where, sampler):
         parts = _readout_means(encoder, processor, image, options, batch_size, where, sampler, seed, progress)
     embedding = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    del parts
     if options["projected"]:
         embedding = embedding @ encoder.projection.T.cpu().double().numpy()
     if options["centered"]:
-        embedding = embedding - embedding.mean(0)
-    return neighbourhood_means(image, embedding, options["smoothing"]).astype(np.float32)
+        embedding -= embedding.mean(0)  # in place, as all that is as large as a slide of bins
+    return neighbourhood_means(image, embedding, options["smoothing"]).astype(np.float32, copy=False)
 
 
 def _readout_means(
@@ -367,16 +370,20 @@ def neighbourhood_mean(image: SlideImage, features: np.ndarray, radius: int) -> 
         float64 (num_spots, width).
     """
     radius = min(radius, max(image.height, image.width) - 1)  # further there is nothing
-    total = np.zeros(features.shape, dtype=np.float64)
-    count = np.zeros(image.num_spots)
+    means = np.zeros(features.shape, dtype=np.float64)
     padded = np.pad(image.spot_grid, radius, constant_values=-1)
-    for down in range(2 * radius + 1):
-        for right in range(2 * radius + 1):
-            neighbour = padded[image.rows + down, image.cols + right]
-            there = neighbour >= 0
-            total[there] += features[neighbour[there]]
-            count[there] += 1
-    return total / count[:, None]
+    at_once = max(1, FEATURES_AT_ONCE // max(features.shape[1], 1))
+    for start in range(0, image.num_spots, at_once):
+        total, count = means[start : start + at_once], 0
+        rows, cols = image.rows[start : start + at_once], image.cols[start : start + at_once]
+        for down in range(2 * radius + 1):
+            for right in range(2 * radius + 1):
+                neighbour = padded[rows + down, cols + right]
+                there = neighbour >= 0
+                total[there] += features[neighbour[there]]
+                count = count + there
+        total /= count[:, None]
+    return means
 
 
 def neighbourhood_means(image: SlideImage, features: np.ndarray, smoothing: int | Sequence[int]) -> np.ndarray:
@@ -388,16 +395,16 @@ def neighbourhood_means(image: SlideImage, features: np.ndarray, smoothing: int 
         features: float (num_spots, width). smoothing: radius or radii in sites, 0 = the features themselves.
 
     Returns:
-        float (num_spots, width times the number of radii).
+        float (num_spots, width times the number of radii); of several radii float32.
     """
     if isinstance(smoothing, int | np.integer):
         return features if smoothing == 0 else neighbourhood_mean(image, features, smoothing)
-    means = []
-    for radius in smoothing:
+    means = np.empty((len(features), len(smoothing), features.shape[1]), dtype=np.float32)
+    for number, radius in enumerate(smoothing):
         mean = neighbourhood_means(image, features, radius)
-        size = np.sqrt((mean.astype(np.float64) ** 2).sum(1).mean())
-        means.append(mean / size if size > 0 else mean)
-    return np.concatenate(means, axis=1)
+        size = np.sqrt(np.einsum("ij,ij->", mean, mean, dtype=np.float64) / max(len(mean), 1))
+        means[:, number] = mean / size if size > 0 else mean
+    return means.reshape(len(features), -1)
 
 
 __all__ = [
