@@ -1,6 +1,8 @@
 """The `stimg` command: its commands, each in a file of its own, and how they end."""
 
+import atexit
 import functools
+import gc
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: words of the command line; None = those of this process.
     """
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    atexit.register(gc.freeze)  # everything goes with the process: looking through it first takes more than a second
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(words or ["--help"], prog_name="stimg", standalone_mode=False)

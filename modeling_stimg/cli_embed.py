@@ -58,11 +58,8 @@ def embed(
     where it was interrupted. Under accelerate launch, processes share the slides.
     """
     from .cli_slides import Job, finished, for_every_slide, hush, plan, this_process
-    from .domains import find_domains
     from .keys import EMBEDDING, OF_EMBEDDING
     from .loading import load_encoder
-    from .pl import domains
-    from .plotting import save_figure
     from .provenance import embedding_settings, same_settings
     from .writing import write_h5ad, written_whole
 
@@ -101,6 +98,10 @@ def embed(
             adata, network, processor, **options, batch_size=batch_size, device=device, seed=seed, progress=progress
         )
         if job.plot is not None:
+            from .domains import find_domains  # scikit-learn, which takes its time, for those who ask for it
+            from .pl import domains
+            from .plotting import save_figure
+
             find_domains(adata, num_domains, method="kmeans", seed=seed)
         job.output.parent.mkdir(exist_ok=True)
         with written_whole(job.output) as temporary:

@@ -403,7 +403,7 @@ def neighbourhood_means(image: SlideImage, features: np.ndarray, smoothing: int 
     for number, radius in enumerate(smoothing):
         mean = neighbourhood_means(image, features, radius)
         size = np.sqrt(np.einsum("ij,ij->", mean, mean, dtype=np.float64) / max(len(mean), 1))
-        means[:, number] = mean / size if size > 0 else mean
+        np.divide(mean, size if size > 0 else 1, out=means[:, number], casting="same_kind")
     return means.reshape(len(features), -1)
 
 
