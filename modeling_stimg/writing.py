@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and what is said where a disk has no room for them."""
 
 import errno
+import functools
 import io
 import os
 import re
@@ -25,6 +26,7 @@ _NO_ROOM = {
 }
 # Half the time of the usual level 4 without a shuffle, and smaller files.
 _OF_NUMBERS = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+_PAGE = 1 << 16
 _TOLD = re.compile(r"errno = (\d+)")  # as HDF5 words it
 
 
@@ -96,21 +98,24 @@ def write_h5ad(adata: "AnnData", path: str | os.PathLike) -> None:
     with _PatientFile(path) as patient:
         try:
             with _ctrl_c_waits(), h5py.File(patient, "w") as file:
-                write_dispatched(file, "/", adata, _write_compressed)
+                write_dispatched(file, "/", adata, functools.partial(_write_compressed, patient))
         except Exception as error:
-            # HDF5 reads again what it has written, and stumbles over what is not there.
-            if patient.error is None:
+            if patient.error is None or error is patient.error:
                 raise
             raise patient.error from error
         if patient.error is not None:
             raise patient.error
 
 
-def _write_compressed(write: Any, group: Any, key: str, element: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
+def _write_compressed(
+    patient: "_PatientFile", write: Any, group: Any, key: str, element: Any, *, dataset_kwargs: Any, iospec: Any
+) -> None:
     """A callback of `write_dispatched`: what is worth the time is compressed.
 
     Of names, HDF5 would compress nothing but the pointers, and digits of embeddings are as good as random.
     """
+    if patient.error is not None:
+        raise patient.error  # what is left of the slide would be written for nothing
     kind = iospec.encoding_type
     numbers = kind in ("csr_matrix", "csc_matrix") or (kind == "array" and np.ndim(element) > 0)
     random = group.name == "/obsm" and np.asarray(element).dtype.kind == "f"
@@ -120,31 +125,75 @@ def _write_compressed(write: Any, group: Any, key: str, element: Any, *, dataset
 class _PatientFile(io.FileIO):
     """A new file for HDF5, which cannot close one that has no room, and crashes when the process ends, if not before.
 
-    After the first error, which is kept in `error`, it takes everything and writes nothing.
+    After the first error, which is kept in `error`, everything else is written to memory, and read from there: HDF5
+    reads again what it has written, and crashes where that is not there.
     """
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(path, "w+")
         self.error: OSError | None = None
+        self._pages: dict[int, bytearray] = {}  # what the file lacks, by number of the page
+        self._end = 0  # of the file, had there been room
 
     def write(self, content: Any) -> int:
-        """Write all of it, or keep the error."""
+        """Write all of it, where there is room."""
         whole = memoryview(content).cast("B")
-        written = 0
+        start, written = self.tell(), 0
         try:
             while self.error is None and written < len(whole):
                 written += super().write(whole[written:])
         except OSError as error:
-            self.error = error
+            self._keep(error)
+        if self.error is not None:
+            self._write_pages(start + written, whole[written:])
+            self.seek(start + len(whole))
         return len(whole)
 
+    def readinto(self, buffer: Any) -> int:
+        """Read what was written, wherever it is."""
+        if self.error is None:
+            return super().readinto(buffer)
+        view = memoryview(buffer).cast("B")
+        start = self.tell()
+        size = max(min(len(view), self._end - start), 0)
+        for number in range(start // _PAGE, -(-(start + size) // _PAGE)):
+            first, last = max(number * _PAGE, start), min((number + 1) * _PAGE, start + size)
+            page = self._page(number)
+            view[first - start : last - start] = page[first - number * _PAGE : last - number * _PAGE]
+        self.seek(start + size)
+        return size
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of a file with everything in it."""
+        if self.error is not None and whence == os.SEEK_END:
+            offset, whence = self._end + offset, os.SEEK_SET
+        return super().seek(offset, whence)
+
     def truncate(self, size: int | None = None) -> int:
-        """Make the file as long as that, or keep the error."""
+        """Make the file as long as that, where there is room."""
         try:
-            return super().truncate(size) if self.error is None else 0
+            if self.error is None:
+                return super().truncate(size)
         except OSError as error:
-            self.error = error
-            return 0
+            self._keep(error)
+        self._end = self.tell() if size is None else size
+        return self._end
+
+    def _keep(self, error: OSError) -> None:
+        self.error, self._end = error, os.fstat(self.fileno()).st_size
+
+    def _page(self, number: int) -> bytearray:
+        if number in self._pages:
+            return self._pages[number]
+        return bytearray(os.pread(self.fileno(), _PAGE, number * _PAGE).ljust(_PAGE, b"\0"))
+
+    def _write_pages(self, start: int, content: memoryview) -> None:
+        end = start + len(content)
+        for number in range(start // _PAGE, -(-end // _PAGE)):
+            first, last = max(number * _PAGE, start), min((number + 1) * _PAGE, end)
+            page = self._pages[number] = self._page(number)
+            page[first - number * _PAGE : last - number * _PAGE] = content[first - start : last - start]
+        self._end = max(self._end, end)
 
 
 @contextmanager

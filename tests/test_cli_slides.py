@@ -1,5 +1,6 @@
 """The `stimg` command over many slides: named, resumed, failing alone, interrupted, without room, in processes."""
 
+import io
 import os
 import re
 import signal
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 from anndata import AnnData
 from command_line import little_room, stimg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_pretraining import launch_words, start
 
-from modeling_stimg import STImageMAEModel, STPatchProcessor, cli_slides, embed_slide, embedding
+from modeling_stimg import STImageMAEModel, STPatchProcessor, cli_slides, embed_slide, embedding, writing
 from modeling_stimg.cli_options import several_times
 from modeling_stimg.cli_slides import slide_name
+from modeling_stimg.writing import NoRoomError, write_h5ad, written_whole
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,7 @@ def test_mistakes_are_told_before_anything_is_computed(
 
 def test_slides_are_called_by_their_files_or_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    for given, name in {
+    for source, name in {
         "x/slide.h5ad": "slide",
         "x/151673.v2.h5ad": "151673.v2",
         "x/counts.tsv.gz": "counts",
@@ -125,7 +129,7 @@ def test_slides_are_called_by_their_files_or_samples(tmp_path: Path, monkeypatch
         "sample_1": "sample_1",
         ".": tmp_path.name,
     }.items():
-        assert slide_name(given) == name
+        assert slide_name(source) == name
 
 
 def test_domains_embeds_where_there_is_no_embedding(paths: list[Path], checkpoint: Path, tmp_path: Path, monkeypatch):
@@ -192,6 +196,44 @@ def test_a_full_disk_is_one_sentence(paths: list[Path], checkpoint: Path, tmp_pa
     assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith("error: 1 of 3 slides failed: "), "the others were not tried"
     assert names(tmp_path / "out") == []
+
+
+def test_a_disk_that_is_full_anywhere_in_a_file_is_told(slides: dict[str, AnnData], tmp_path: Path):
+    """HDF5 reads again what it has written, and crashes the process where that is not there."""
+    adata, path = slides["staggered"].copy(), tmp_path / "x.h5ad"
+    adata.obsm["X_stimg"] = np.random.default_rng(0).random((adata.n_obs, 32), dtype=np.float32)
+    write_h5ad(adata, path)
+    size = path.stat().st_size
+    for room in range(0, size, size // 97):
+        with little_room(room), pytest.raises(NoRoomError, match="EFBIG"), written_whole(path) as temporary:
+            write_h5ad(adata, temporary)
+        assert names(tmp_path) == ["x.h5ad"]
+    np.testing.assert_array_equal(anndata.read_h5ad(path).obsm["X_stimg"], adata.obsm["X_stimg"])
+
+
+@given(st.data(), st.integers(0, 3000))
+@settings(deadline=None, max_examples=100)
+def test_a_file_without_room_reads_as_one_with_room(tmp_path_factory: pytest.TempPathFactory, data, room: int):
+    # Pages smaller than what is written, so that it lies across several.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "_PAGE", 256)
+        plain, patient = io.BytesIO(), writing._PatientFile(tmp_path_factory.mktemp("room") / "x")
+        with patient, little_room(room):
+            for start, length in data.draw(st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 900)), max_size=12)):
+                content = bytes((start + i) % 251 for i in range(length))
+                for file in (plain, patient):
+                    file.seek(start)
+                    assert file.write(content) == length
+                    assert file.tell() == start + length
+                where = data.draw(st.integers(0, 4000))
+                found, expected = bytearray(1000), bytearray(1000)
+                for file, into in ((plain, expected), (patient, found)):
+                    file.seek(where)
+                    read = file.readinto(into)
+                    assert file.tell() == where + read
+                assert found == expected
+                assert patient.seek(0, os.SEEK_END) == plain.seek(0, os.SEEK_END) == len(plain.getvalue())
+            assert (patient.error is None) == (len(plain.getvalue()) <= room)
 
 
 # ---------------------------------------------------------------- several processes
