@@ -672,12 +672,14 @@ CASES = {
         around=lambda: instead(parsing, "read_h5ad", out_of_memory),
     ),
     "Ctrl-C while a slide is read": Case(good, INTERRUPTED, EMBED_GOOD, 130, ctrl_c_after(parsing, "read_h5ad")),
-    "Ctrl-C while a slide is written": Case(good, INTERRUPTED, EMBED_GOOD, 130, ctrl_c_after(anndata.io, "write_elem")),
+    "Ctrl-C while a slide is written": Case(
+        good, INTERRUPTED, EMBED_GOOD, 130, ctrl_c_after(anndata.experimental, "write_dispatched")
+    ),
     "Ctrl-C while a slide is looked at": Case(
         good, INTERRUPTED, "inspect {good} --table {out}/t.tsv", 130, ctrl_c_after(inspection, "compact")
     ),
     "Ctrl-C while domains are written": Case(
-        good, INTERRUPTED, f"{DOMAINS} --n-domains 3", 130, ctrl_c_after(anndata.io, "write_elem")
+        good, INTERRUPTED, f"{DOMAINS} --n-domains 3", 130, ctrl_c_after(anndata.experimental, "write_dispatched")
     ),
     "Ctrl-C while a region is predicted": Case(
         good, INTERRUPTED, RECONSTRUCT, 130, ctrl_c_after(STPatchProcessor, "slide_to_image")
