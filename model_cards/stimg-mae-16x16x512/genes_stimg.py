@@ -426,7 +426,7 @@ class GeneVocabulary:
                 content[name] = [float(f"{v:.9g}") for v in values]
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Fingerprint of `genes.json`, kept in `preprocessor_config.json`."""
         return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
@@ -464,10 +464,7 @@ class GeneVocabulary:
             if content.get("format") != GENES_FORMAT:
                 raise ValueError(f"format {content.get('format')!r}, expected {GENES_FORMAT}")
             keys = ("gene_ids", "gene_names", "aliases", "ambiguous", *STATISTICS)
-            vocabulary = cls(**{k: content[k] for k in keys if k in content})
-            if sha256 is not None:
-                vocabulary.sha256 = sha256  # `to_json` wrote that file
-            return vocabulary
+            return cls(**{k: content[k] for k in keys if k in content})
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
             raise ValueError(f"{GENES_FILE} holds no gene vocabulary ({error}): download the model again.") from error
 
